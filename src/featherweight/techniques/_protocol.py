@@ -1,0 +1,83 @@
+"""What every technique is: the protocol, the context it is given and the estimate it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+import onnx_ir as ir
+
+from featherweight.core import Action, Note, Profile, Site, Stage
+
+if TYPE_CHECKING:
+    from featherweight.stats import Statistics
+
+
+@dataclass
+class Context:
+    """What techniques know besides the model.
+
+    `profile` is the target; `stats` the calibration statistics of the model the sites were listed on (None: a
+    technique must work without, e.g. by rounding to nearest); `keep_float` the names of nodes the user or an
+    earlier measurement wants in float; `notes` collects why something was left alone; `cache` shares arithmetic
+    between `estimate` and `apply`, keyed by (model sha, site, action).
+    """
+
+    profile: Profile
+    stats: Statistics | None = None
+    seed: int = 0
+    keep_float: frozenset[str] = frozenset()
+    notes: list[Note] = field(default_factory=list)
+    cache: dict[Any, Any] = field(default_factory=dict)
+
+    def note(self, where: str, text: str) -> None:
+        """Record one note; the same note is kept once."""
+        entry = Note(where, text)
+        if entry not in self.notes:
+            self.notes.append(entry)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Predicted effect of one action at one site.
+
+    `size_bytes`: the bytes of the site afterwards (not a difference). `noise`: E||dy||^2 / E||y - mean y||^2 at
+    the outputs of the site's consumers, in closed form: tr(dW C dW^T) plus the rounding noise of the activation
+    where the action computes in integers.
+    """
+
+    size_bytes: int
+    noise: float
+
+
+@runtime_checkable
+class Technique(Protocol):
+    """A way to make a model cheaper. One file `techniques/<name>.py` ends with `TECHNIQUE = Class()`."""
+
+    name: ClassVar[str]
+    stage: ClassVar[Stage]
+
+    def sites(self, model: ir.Model) -> Iterable[Site]:
+        """Places where this technique could act, in topological order of first use."""
+        ...
+
+    def options(self, model: ir.Model, site: Site, ctx: Context) -> Iterable[Action]:
+        """Legal actions at `site`; an empty list leaves a note in `ctx` that says why."""
+        ...
+
+    def estimate(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> Estimate:
+        """Predict, by arithmetic only, what `action` costs."""
+        ...
+
+    def apply(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> tuple[Site, ...]:
+        """Edit `model` in place (the caller copies) and return the site as it is now.
+
+        Raises:
+            TechniqueError: the action is not legal at this site.
+        """
+        ...
+
+    def finish(self, model: ir.Model, ctx: Context) -> None:
+        """Called once after all sites of the technique were applied: glue nodes, bias correction."""
+        ...
