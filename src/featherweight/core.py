@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from featherweight.errors import BudgetError, PlanError
 
@@ -326,3 +326,39 @@ def total(effects: Iterable[Effect]) -> Effect:
     for e in effects:
         size, latency, peak, loss = size + e.size_bytes, latency + e.latency_ms, peak + e.peak_bytes, loss + e.loss
     return Effect(size, latency, peak, loss)
+
+
+class Progress(Protocol):
+    """Where long work reports itself; the terminal shows it as bars, the library default is silence."""
+
+    def start(self, phase: str, total: int | None = None) -> None:
+        """A phase begins, of `total` steps if known; the phase before it has ended."""
+        ...
+
+    def advance(self, steps: int = 1) -> None:
+        """Some steps of the current phase are done."""
+        ...
+
+    def trying(self, what: str) -> None:
+        """What is being tried now, in a few words."""
+        ...
+
+    def best(self, what: str) -> None:
+        """The best result so far, in a few words."""
+        ...
+
+
+class Silent:
+    """The Progress that shows nothing."""
+
+    def start(self, phase: str, total: int | None = None) -> None:
+        """Show nothing."""
+
+    def advance(self, steps: int = 1) -> None:
+        """Show nothing."""
+
+    def trying(self, what: str) -> None:
+        """Show nothing."""
+
+    def best(self, what: str) -> None:
+        """Show nothing."""

@@ -1,0 +1,1 @@
+"""Bounds, effects, the integer program, and the loop that lets measurement correct prediction."""
