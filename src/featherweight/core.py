@@ -148,7 +148,13 @@ class Budget:
         """True if any limit is set."""
         return any(
             v is not None
-            for v in (self.max_size_bytes, self.max_latency_ms, self.max_latency_ratio, self.max_peak_bytes, self.max_drop)
+            for v in (
+                self.max_size_bytes,
+                self.max_latency_ms,
+                self.max_latency_ratio,
+                self.max_peak_bytes,
+                self.max_drop,
+            )
         )
 
     def violations(self, m: Measurement) -> list[str]:

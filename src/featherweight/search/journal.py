@@ -53,7 +53,9 @@ class Journal:
         changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
         if changed:
             what = "; ".join(f"{k}: was {before.get(k)!r}, now {now.get(k)!r}" for k in changed)
-            raise OutputError(f"--resume needs the same request as the interrupted run in {self.path.parent}, but {what}")
+            raise OutputError(
+                f"--resume needs the same request as the interrupted run in {self.path.parent}, but {what}"
+            )
 
     def phase(self, name: str, compute: Callable[[], Any]) -> Any:
         """Result of a named step: read back if it finished before, else computed and recorded. JSON-able values only."""

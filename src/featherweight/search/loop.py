@@ -91,7 +91,12 @@ def objective_weights(minimize: Objective, base: Base) -> dict[Dimension, float]
     main: dict[Objective, dict[Dimension, float]] = {
         "size": {"size_bytes": size, "latency_ms": 0.05 * latency, "loss": 0.001 / LOSS_UNIT},
         "latency": {"latency_ms": latency, "size_bytes": 0.3 * size, "loss": 0.01 / LOSS_UNIT},
-        "memory": {"peak_bytes": peak, "size_bytes": 0.05 * size, "latency_ms": 0.02 * latency, "loss": 0.001 / LOSS_UNIT},
+        "memory": {
+            "peak_bytes": peak,
+            "size_bytes": 0.05 * size,
+            "latency_ms": 0.02 * latency,
+            "loss": 0.001 / LOSS_UNIT,
+        },
         "drop": {"loss": 1 / LOSS_UNIT, "latency_ms": 0.2 * latency, "size_bytes": 0.02 * size},
     }
     return main[minimize]

@@ -1,0 +1,109 @@
+"""Effects: what every decision at every site is predicted to change, from arithmetic, without running it.
+
+`loss` is the site's noise (closed form, from calibration second moments) times the site's gain: how much of the
+noise at its consumers reaches the model's outputs, from a real run with a known perturbation (probe.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from featherweight.core import Action, Decision, Effect, Note, Progress, Site
+from featherweight.errors import TechniqueError
+from featherweight.search.solve import Choice
+from featherweight.techniques import Context, Technique
+
+# Rates of one core used where no measurement steers (deterministic on purpose, so that equal inputs give equal
+# plans): only their ratio matters, as a tie-break between equally small or equally accurate plans.
+FLOAT_MACS_PER_MS = 30e6
+INT8_SPEEDUP = {True: 3.0, False: 1.6}
+INTEGER_TECHNIQUES = frozenset({"static_int8", "dynamic_int8"})
+
+
+@dataclass(frozen=True)
+class SiteFacts:
+    """What one site costs in the float model: time of its nodes and bytes resident when loaded."""
+
+    latency_ms: float
+    resident_bytes: int
+    gain: float = 1.0
+
+
+@dataclass(frozen=True)
+class Effects:
+    """All decisions with their predicted effects by site, and why options were refused."""
+
+    table: dict[str, list[Choice]]
+    refused: tuple[Note, ...]
+
+
+def build_effects(
+    model: ir.Model,
+    sites: Mapping[str, Site],
+    techniques: Sequence[Technique],
+    ctx: Context,
+    facts: Mapping[str, SiteFacts],
+    progress: Progress,
+) -> Effects:
+    """Estimate every option of every technique at every site. An option that gains nothing is refused with a note."""
+    table: dict[str, list[Choice]] = {}
+    refused: list[Note] = []
+    progress.start("estimating effects", len(sites))
+    owned = {t.name: {s.name for s in t.sites(model)} for t in techniques}
+    for name, site in sites.items():
+        choices = [Choice(Decision(name), Effect())]
+        worthless: list[str] = []
+        for technique in techniques:
+            if name not in owned[technique.name]:
+                continue
+            for action in technique.options(model, site, ctx):
+                choice = _choice(model, site, action, technique, ctx, facts[name])
+                if choice is None:
+                    worthless.append(str(action))
+                else:
+                    choices.append(choice)
+        if worthless and len(choices) == 1:
+            refused.append(Note(name, f"no gain: none of {len(worthless)} options saves bytes, memory or time here"))
+        table[name] = choices
+        progress.advance()
+    return Effects(table, tuple(refused))
+
+
+def _choice(
+    model: ir.Model, site: Site, action: Action, technique: Technique, ctx: Context, facts: SiteFacts
+) -> Choice | None:
+    """One option with its effect; None if it gains nothing or the technique refuses it."""
+    try:
+        estimate = technique.estimate(model, site, action, ctx)
+    except TechniqueError as e:
+        ctx.note(site.name, f"{action}: {e}")
+        return None
+    integer = action.technique in INTEGER_TECHNIQUES
+    latency = facts.latency_ms * (1 / INT8_SPEEDUP[ctx.profile.int8_dot] - 1) if integer else 0.0
+    peak = -facts.resident_bytes * 3 // 4 if integer else 0
+    size = estimate.size_bytes - site.size_bytes
+    if size >= 0 and latency >= 0 and peak >= 0:
+        return None
+    return Choice(Decision(site.name, (action,)), Effect(size, latency, peak, max(estimate.noise, 0.0) * facts.gain))
+
+
+def modelled_latency_ms(macs: float) -> float:
+    """Float time of so many multiply-accumulates at the nominal rate of one core."""
+    return macs / FLOAT_MACS_PER_MS
+
+
+def calibrate_latency(table: Mapping[str, Sequence[Choice]], speedup: float, nominal: float) -> dict[str, list[Choice]]:
+    """The table with integer decisions' latency effects rescaled from the nominal to the measured speed-up."""
+    import dataclasses
+
+    factor = (1 / speedup - 1) / (1 / nominal - 1)
+    out: dict[str, list[Choice]] = {}
+    for site, choices in table.items():
+        out[site] = [
+            dataclasses.replace(c, effect=dataclasses.replace(c.effect, latency_ms=c.effect.latency_ms * factor))
+            for c in choices
+        ]
+    return out

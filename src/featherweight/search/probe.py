@@ -1,0 +1,104 @@
+"""Gains: how much of the noise at one site reaches the model's outputs, by a few real runs a site.
+
+All weights of the float model become overridable inputs of one session, so perturbing a site costs one run and
+no reload. The perturbation is the site's weight rounded to a few bits, whose local noise is known in closed form;
+the gain is output noise over local noise. Small noises add up about linearly (Nagel et al. 2021, section 4.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from featherweight.graph import surgery
+from featherweight.graph.weights import Weight
+
+PROBE_BITS = 4
+MIN_GAIN = 1e-4
+
+
+def overridable(model: ir.Model, weights: Iterable[Weight]) -> tuple[ir.Model, list[Weight]]:
+    """A copy whose main-graph weights are inputs with defaults; returns it with the weights that could be opened."""
+    copy = surgery.copy_model(model)
+    opened = []
+    for w in weights:
+        value = copy.graph.initializers.get(w.name)
+        if value is not None and w.graph is model.graph and w.value.dtype == ir.DataType.FLOAT:
+            copy.graph.inputs.append(value)
+            opened.append(w)
+    return copy, opened
+
+
+def perturbed(matrix: np.ndarray, bits: int = PROBE_BITS) -> np.ndarray:
+    """Round (groups, out, k) float32 to a symmetric `bits` grid per output channel; all-zero channels stay."""
+    top = 2 ** (bits - 1) - 1
+    scale = np.abs(matrix).max(axis=-1, keepdims=True) / top
+    scale[scale == 0] = 1
+    return (np.round(matrix / scale) * scale).astype(np.float32)
+
+
+def relative_noise(
+    matrix: np.ndarray, changed: np.ndarray, second_moment: np.ndarray | None, mean: np.ndarray | None
+) -> float:
+    """E||dW x||^2 / E||W (x - mean)||^2 from (groups, out, k) weights, (groups, k, k) moments, (groups, k) means.
+
+    Without moments the inputs count as white with unit variance.
+    """
+    delta = (changed - matrix).astype(np.float64)
+    wide = matrix.astype(np.float64)
+    if second_moment is None:
+        return float((delta**2).sum() / max((wide**2).sum(), 1e-30))
+    centred = second_moment if mean is None else second_moment - mean[:, :, None] * mean[:, None, :]
+    noise = float(np.einsum("gok,gkl,gol->", delta, second_moment, delta, optimize=True))
+    signal = float(np.einsum("gok,gkl,gol->", wide, centred, wide, optimize=True))
+    return max(noise, 0.0) / max(signal, 1e-30)
+
+
+def output_noise(reference: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> float:
+    """Mean over the float outputs of sum (y - y0)^2 / sum (y0 - mean y0)^2; infinite if a value is not finite."""
+    ratios = []
+    for name, y0 in reference.items():
+        if not np.issubdtype(y0.dtype, np.floating):
+            continue
+        wide = y0.astype(np.float64)
+        diff = other[name].astype(np.float64) - wide
+        keep = np.isfinite(wide)
+        if not np.isfinite(diff[keep]).all():
+            return float("inf")
+        spread = ((wide[keep] - wide[keep].mean()) ** 2).sum() if keep.any() else 0.0
+        ratios.append(float((diff[keep] ** 2).sum() / max(spread, 1e-30)) if keep.any() else 0.0)
+    return float(np.mean(ratios)) if ratios else 0.0
+
+
+def child_probe(
+    model_path: str,
+    weights_path: str,
+    names: Sequence[str],
+    feeds: Sequence[Mapping[str, np.ndarray]],
+    threads: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """In the child: output noise of each site's perturbation, averaged over `feeds`. `weights_path` is an npz."""
+    from featherweight.runtime import ort
+
+    session = ort.session(Path(model_path), threads=threads)
+    reference = [session.run(f) for f in feeds]
+    noises: dict[str, float] = {}
+    with np.load(weights_path, allow_pickle=False) as arrays:
+        for i, name in enumerate(names):
+            override = {name: arrays[str(i)]}
+            each = [output_noise(r, session.run({**f, **override})) for f, r in zip(feeds, reference, strict=True)]
+            noises[name] = float(np.mean(each))
+            if progress is not None:
+                progress(i + 1, len(names))
+    return noises
+
+
+def gains(output: Mapping[str, float], local: Mapping[str, float]) -> dict[str, float]:
+    """Gain by site; a site that could not be probed, or was not moved by the probe, gets the median gain."""
+    known = {s: output[s] / n for s, n in local.items() if s in output and n > 1e-12 and np.isfinite(output[s])}
+    median = float(np.median(list(known.values()))) if known else 1.0
+    return {s: max(known.get(s, median), MIN_GAIN) for s in local}
