@@ -1,0 +1,3 @@
+"""Reports for people and programs: terminal text, JSON, one-file HTML."""
+
+from __future__ import annotations
