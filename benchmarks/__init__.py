@@ -1,0 +1,1 @@
+"""Benchmarks on real networks, beside other tools, on the same files and data."""

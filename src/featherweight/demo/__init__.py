@@ -1,0 +1,1 @@
+"""What `featherweight demo` needs: a real pretrained network and a few real photos."""
