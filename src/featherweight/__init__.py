@@ -1,3 +1,108 @@
-"""featherweight: model in, budget in, the smallest model that meets it out, with the proof."""
+"""featherweight: model in, budget in, the smallest model that meets it out, with the proof.
+
+    import featherweight as fw
+    report = fw.compress("model.onnx", "val.npz", max_size="25%", out="run")
+    print(report.outcome, report.result.size_bytes)
+
+Names are loaded on first use, so that importing the package stays cheap and needs no extra.
+"""
 
 from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from featherweight.core import (
+        Action,
+        Attempt,
+        Budget,
+        Decision,
+        Effect,
+        Interval,
+        Measurement,
+        Note,
+        Plan,
+        Profile,
+        Progress,
+        Report,
+        Silent,
+        Site,
+    )
+    from featherweight.errors import (
+        BudgetError,
+        ChildCrashed,
+        DataError,
+        FeatherweightError,
+        MissingExtraError,
+        ModelError,
+        OutputError,
+        PlanError,
+        RunError,
+        TechniqueError,
+    )
+    from featherweight.inspection import Inspection, inspect
+    from featherweight.pipeline import Comparison, apply, compare, compress, decide, frontier
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "core": (
+        "Action Attempt Budget Decision Effect Interval Measurement Note Plan Profile Progress Report Silent Site"
+    ),
+    "errors": (
+        "BudgetError ChildCrashed DataError FeatherweightError MissingExtraError ModelError OutputError PlanError"
+        " RunError TechniqueError"
+    ),
+    "inspection": "Inspection inspect",
+    "pipeline": "Comparison apply compare compress decide frontier",
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
+
+__all__ = [
+    "Action",
+    "Attempt",
+    "Budget",
+    "BudgetError",
+    "ChildCrashed",
+    "Comparison",
+    "DataError",
+    "Decision",
+    "Effect",
+    "FeatherweightError",
+    "Inspection",
+    "Interval",
+    "Measurement",
+    "MissingExtraError",
+    "ModelError",
+    "Note",
+    "OutputError",
+    "Plan",
+    "PlanError",
+    "Profile",
+    "Progress",
+    "Report",
+    "RunError",
+    "Silent",
+    "Site",
+    "TechniqueError",
+    "apply",
+    "compare",
+    "compress",
+    "decide",
+    "frontier",
+    "inspect",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'featherweight' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"featherweight.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME_OF})
