@@ -163,4 +163,4 @@ def shortened(name: str, width: int, where: str = "middle") -> str:
     if where == "end" or width < 8:
         return set_cell_size(name, max(width - 1, 0)).rstrip() + "…" * min(width, 1)
     tail = (width - 1) * 2 // 3
-    return f"{set_cell_size(name, width - 1 - tail)}…{name[-tail:]}"
+    return f"{set_cell_size(name, width - 1 - tail)}…{set_cell_size(name[::-1], tail)[::-1]}"

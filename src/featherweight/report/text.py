@@ -158,7 +158,7 @@ def attempt_parts(attempts: Sequence[Attempt], budget: Budget, *, everything: bo
     detail = f"{len(attempts)} built and measured" + (f", the last {len(shown)}" if len(shown) < len(attempts) else "")
     errors = wording.note_groups(Note(f"attempt {a.index}", a.error) for a in attempts if a.error)
     failed = [Text.assemble((wording.places_words(g.places), "red"), f": {g.text}") for g in errors]
-    parts = [heading("Attempts", detail), indented(attempt_table(shown, budget))]
+    parts: list[RenderableType] = [heading("Attempts", detail), indented(attempt_table(shown, budget))]
     return [*parts, bullets(failed)] if failed else parts
 
 

@@ -1,0 +1,120 @@
+"""The terminal report: everything a user must see, at any width."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.cells import cell_len
+
+from featherweight.core import Budget, Measurement, Note, Plan, Report
+from featherweight.report import layers, text, wording
+from featherweight.report.terminal import Column, Grid, shortened, to_text
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+@pytest.mark.parametrize("everything", [False, True])
+def test_report_fits_its_width(report: Report, width: int, everything: bool) -> None:
+    shown = text.render(report, width=width, all_layers=everything)
+    assert max(cell_len(line) for line in shown.splitlines()) <= width
+
+
+def test_report_shows_outcome_numbers_evidence_and_limits(report: Report) -> None:
+    shown = text.render(report)
+    first = shown.splitlines()[0]
+    assert first == "MET  3.92x smaller, 1.52x faster, accuracy worse by 0.20 points"
+    assert re.search(r"size +18\.6 MB +4\.74 MB +25\.5%, 3\.92x smaller +5\.00 MB +ok", shown)
+    assert re.search(r"latency +12\.1 ms +7\.95 ms +65\.7%, 1\.52x faster +70\.0% +ok", shown)
+    assert re.search(r"peak memory +44\.1 MB +29\.0 MB", shown)
+    assert re.search(r"drop +0\.20 points +95%: -0\.60 to \+1\.00 +1\.00 points +ok", shown)
+    assert "350 unseen samples; paired test: no difference shown (p = 0.81)" in shown
+
+
+def test_exceeded_limit_is_marked(report: Report) -> None:
+    tight = dataclasses.replace(report, budget=Budget(max_size_bytes=1_000_000), answer="not found", outcome="not met")
+    shown = text.render(tight)
+    assert shown.startswith("NOT MET")
+    assert re.search(r"size .* 1\.00 MB  OVER", shown)
+
+
+def test_long_model_is_summed_and_all_layers_shows_each(report: Report) -> None:
+    short, full = text.render(report, width=120), text.render(report, width=120, all_layers=True)
+    assert "28 smaller layers" in short
+    assert "40 layers, the largest 12 one by one; --all-layers for all" in short
+    assert "smaller layers" not in full
+    assert full.count("/Conv ") == 40
+    total = sum(int(item["before_bytes"]) for item in report.layers)
+    for shown in (short, full):
+        assert re.search(rf"total .*{total / 1e6:.2f} MB", shown)
+
+
+def test_float_layer_shows_its_cost_and_reason(report: Report) -> None:
+    shown = text.render(report, width=120, all_layers=True)
+    assert re.search(r"conv1/Conv .* keep .* float +310 µs", shown)
+    assert "fragile: integer compute costs 9 dB here" in shown
+
+
+def test_equal_notes_are_grouped_and_names_with_brackets_survive(report: Report) -> None:
+    shown = " ".join(text.render(report, width=120).split())
+    assert "both inputs are computed: no weight here (/se/mul0, /se/mul1, /se/mul2 and 6 more)" in shown
+    assert "(/head/[odd]name)" in shown
+
+
+def test_failed_attempt_shows_its_error_in_full(report: Report) -> None:
+    assert "- attempt 2: the child process was killed (signal 9, out of memory?)" in text.render(report)
+
+
+def test_report_without_measurements_says_so(report: Report) -> None:
+    bare = Report(
+        Budget(max_latency_ms=8.0), "no, proved", "proved impossible", "", Plan(()), Measurement(10), Measurement(10)
+    )
+    shown = text.render(bare)
+    assert shown.startswith("PROVED IMPOSSIBLE  same size")
+    assert re.search(r"latency +- +- +not measured +8\.00 ms +OVER", shown)
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ("static_int8(weight_bits=8)", "static_int8 8 bit"),
+        ("weight_nbit(bits=4, block=32)", "weight_nbit 4 bit, block 32"),
+        ("weight_nbit(bits=4, block=0)", "weight_nbit 4 bit"),
+        ("low_rank(rank=32) -> weight_nbit(bits=4)", "low_rank rank 32 -> weight_nbit 4 bit"),
+        ("float16()", "float16"),
+        ("", "keep"),
+        ("keep", "keep"),
+    ],
+)
+def test_decision_is_said_shortly(raw: str, words: str) -> None:
+    assert wording.decision_words(raw) == words
+
+
+def test_a_rest_of_two_layers_is_not_summed(report: Report) -> None:
+    rows = layers.read_layers(report.layers[:14])
+    assert layers.chosen(rows) == rows
+    assert len(layers.chosen(layers.read_layers(report.layers[:15]))) == 13
+
+
+def test_note_groups_keep_order_and_each_place_once() -> None:
+    notes = [Note("b", "x"), Note("a", "y"), Note("a", "x"), Note("b", "x")]
+    assert [(g.text, g.places) for g in wording.note_groups(notes)] == [("x", ("b", "a")), ("y", ("a",))]
+
+
+@given(
+    st.lists(st.tuples(st.text(max_size=40), st.text("ab/_漢", max_size=60)), min_size=1, max_size=4),
+    st.integers(30, 120),
+)
+def test_grid_never_exceeds_its_width(rows: list[tuple[str, str]], width: int) -> None:
+    grid = Grid([Column("name", cut="end"), Column("path", cut="middle"), Column("n", "right", optional=1)])
+    for first, second in rows:
+        grid.add(" ".join(first.split()), second, "17")
+    assert max((cell_len(line) for line in to_text([grid], width=width).splitlines()), default=0) <= width
+
+
+@given(st.text("abc/漢", max_size=80), st.integers(0, 80))
+def test_shortened_name_fits(name: str, width: int) -> None:
+    assert cell_len(shortened(name, width, "end")) <= width
+    assert cell_len(shortened(name, width, "middle")) <= width
