@@ -181,7 +181,7 @@ def layer_bars(layers: Sequence[Layer]) -> str:
         css = "barafter" if runs_as(layer) != "float" else "barfloat"
         parts.append(
             f"<g><title>{html.escape(tip)}</title>"
-            + _text(name_width - 10, y + 13, _middle_cut(layer.name, 42), "barname", "end")
+            + _text(name_width - 10, y + 13, _middle_cut(layer.name, 36), "barname", "end")
             + f'<rect x="{name_width}" y="{y + 3}" width="{before:.1f}" height="13" class="barbefore"/>'
             + f'<rect x="{name_width}" y="{y + 3}" width="{after:.1f}" height="13" class="{css}"/>'
             + _text(name_width + max(before, after) + 8, y + 13, _bar_words(layer), "tick")

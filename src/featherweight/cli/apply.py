@@ -1,0 +1,42 @@
+"""`featherweight apply`: replay a plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from featherweight.cli import _options as options
+from featherweight.cli._run import Output, common
+from featherweight.cli._sections import Command, option
+
+
+@click.command(cls=Command, short_help="Replay a plan: the same bytes.")
+@options.model_argument
+@click.argument("plan", type=options.PATH)
+@option("--data", metavar="DATA", section="Data", help="The calibration data of the run, where the plan needs it.")
+@option("-o", "--out", required=True, type=options.PATH, metavar="FILE", help="The model to write.")
+@common
+def command(model: Path, plan: Path, *, data: str | None, out: Path) -> Output:
+    """Build the model of a plan again without a search: the same bytes.
+
+    \b
+    featherweight apply lite0.onnx run/plan.json -o again.onnx
+    """
+    from featherweight.pipeline import apply
+
+    written = Path(apply(model, plan, out=out, data=data))
+    size = written.stat().st_size
+
+    def as_json() -> str:
+        from featherweight.report.json import document
+
+        return document("applied", {"path": written, "size_bytes": size})
+
+    def parts() -> list[Any]:
+        from featherweight.quantities import format_bytes
+
+        return [f"{written}: {format_bytes(size)}"]
+
+    return Output(as_json, parts)

@@ -1,0 +1,43 @@
+"""`featherweight inspect`: where bytes, operations, time and memory are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from featherweight.cli import _options as options
+from featherweight.cli._run import Output, common
+from featherweight.cli._sections import Command, option
+
+
+@click.command(cls=Command, short_help="Show where bytes, time and memory are.")
+@options.model_argument
+@option("--data", metavar="DATA", section="Data", help="Measure the time of each node on this data.")
+@options.data_reading_options
+@options.machine_options
+@options.all_layers_option
+@common
+def command(model: Path, *, data: str | None, batch_size: int, all_layers: bool, **asked: Any) -> Output:
+    """Show where a model's bytes, operations, time and memory are, and what each bit width would leave.
+
+    \b
+    featherweight inspect lite0.onnx
+    featherweight inspect lite0.onnx --data images/ --preprocess lite0
+    """
+    from featherweight.pipeline import inspect
+
+    found = inspect(model, data=data, batch=batch_size, **asked)
+
+    def as_json() -> str:
+        from featherweight.report.json import document, plain
+
+        return document("inspection", plain(found))
+
+    def parts() -> list[Any]:
+        from featherweight.report.inspection import inspection_parts
+
+        return list(inspection_parts(found, everything=all_layers))
+
+    return Output(as_json, parts)
