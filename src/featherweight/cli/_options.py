@@ -65,7 +65,13 @@ data_reading_options = _all(
     ),
     option("--tokenizer", type=PATH, metavar="FILE", section="Data", help="tokenizer.json for text data."),
     option(
-        "--batch-size", type=click.IntRange(min=1), default=1, show_default=True, section="Data", help="Samples a call."
+        "--batch-size",
+        type=click.IntRange(min=1),
+        metavar="N",
+        default=1,
+        show_default=True,
+        section="Data",
+        help="Samples a call.",
     ),
 )
 
@@ -112,8 +118,9 @@ budget_options = _all(
     option(
         "--minimize",
         type=click.Choice(["size", "latency", "memory", "drop"]),
+        metavar="WHAT",
         section="Budget",
-        help="What to make small under the limits. Default: the drop if a resource is limited, else the size; "
+        help="size, latency, memory or drop. Default: the drop if a resource is limited, else the size; "
         "with nothing asked, a fast 8-bit model.",
     ),
 )
