@@ -1,0 +1,291 @@
+"""The only code that edits nodes. Every function works in place on the model it is given; copy first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from featherweight.errors import ModelError
+
+
+def copy_model(model: ir.Model) -> ir.Model:
+    """A copy whose graphs may be edited freely; the weights' bytes are shared, not copied."""
+    if _is_sorted(model):
+        return model.clone()
+    # The library clones only sorted graphs; the way through the protobuf does not care.
+    copy = ir.serde.deserialize_model(ir.serde.serialize_model(model))
+    for old, new in zip(model.graphs(), copy.graphs(), strict=True):
+        for name, value in old.initializers.items():
+            new.initializers[name].const_value = value.const_value
+    return copy
+
+
+def _is_sorted(model: ir.Model) -> bool:
+    seen: set[ir.Node] = set()
+    for graph in model.graphs():
+        seen.clear()
+        for node in graph:
+            if any(p not in seen for p in node.predecessors() if p.graph is graph):
+                return False
+            seen.add(node)
+    return True
+
+
+def walk(graph: ir.Graph | ir.Function) -> Iterator[ir.Node]:
+    """Every node of `graph` and of the sub-graphs inside it, outer node before its body."""
+    yield from ir.traversal.RecursiveGraphIterator(graph)
+
+
+def all_graphs(model: ir.Model) -> list[ir.Graph]:
+    """The main graph, then every sub-graph."""
+    return list(model.graphs())
+
+
+def names(model: ir.Model) -> set[str]:
+    """Every node and value name in use anywhere in the model."""
+    used: set[str] = set()
+    for graph in model.graphs():
+        used.update(v.name for v in graph.inputs if v.name)
+        used.update(graph.initializers)
+        for node in graph:
+            if node.name:
+                used.add(node.name)
+            used.update(v.name for v in node.outputs if v.name)
+    return used
+
+
+def fresh_name(model: ir.Model, hint: str) -> str:
+    """`hint`, or `hint_2`, `hint_3`...: the first that no node or value of the model has.
+
+    Reads the whole model; for many names at once use `Namer`.
+    """
+    return Namer(model)(hint)
+
+
+class Namer:
+    """Gives names that are free in one model, remembering those it gave."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._used = names(model)
+
+    def __call__(self, hint: str) -> str:
+        """The first free of `hint`, `hint_2`, `hint_3`..."""
+        name, i = hint or "value", 1
+        while name in self._used:
+            i += 1
+            name = f"{hint}_{i}"
+        self._used.add(name)
+        return name
+
+
+def graph_of(value: ir.Value) -> ir.Graph:
+    """The graph in which a value is made or stored. Raises ModelError for a value that belongs to none."""
+    owner = value.graph
+    if not isinstance(owner, ir.Graph):
+        raise ModelError(f"the value {value.name!r} belongs to no graph; it must be an input, initializer or output")
+    return owner
+
+
+def add_initializer(
+    graph: ir.Graph, name: str, array: np.ndarray[Any, Any] | ir.TensorProtocol, *, dtype: ir.DataType | None = None
+) -> ir.Value:
+    """Store `array` in `graph` under a free `name`; `dtype` is needed only for types numpy cannot tell."""
+    if name in graph.initializers:
+        raise ModelError(f"an initializer's name must be free, but {name!r} exists; use fresh_name")
+    if isinstance(array, np.ndarray | np.generic):
+        tensor: ir.TensorProtocol = ir.Tensor(np.array(array, order="C"), dtype=dtype, name=name)
+    else:
+        tensor = array
+    tensor.name = name
+    shape = ir.Shape(tensor.shape.numpy())
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def set_initializer(value: ir.Value, array: np.ndarray[Any, Any], *, dtype: ir.DataType | None = None) -> None:
+    """Give an existing initializer another content; type and shape follow the array."""
+    tensor = ir.Tensor(np.array(array, order="C"), dtype=dtype, name=value.name)
+    value.const_value = tensor
+    value.type = ir.TensorType(tensor.dtype)
+    value.shape = ir.Shape(tensor.shape.numpy())
+
+
+def remove_initializer(value: ir.Value) -> None:
+    """Take an initializer nobody reads out of its graph. Raises ModelError if it is still read."""
+    if list(value.uses()) or value.is_graph_output():
+        raise ModelError(f"an initializer must be unused to be removed, but {value.name!r} is still read")
+    if value.name is not None:
+        graph_of(value).initializers.pop(value.name, None)
+
+
+def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The tensor of an initializer (not of a default that the caller may override), else None."""
+    if value is None or not value.is_initializer() or value.is_graph_input():
+        return None
+    return value.const_value
+
+
+def constant(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
+    """The array of an initializer (memory-mapped if it lies in a side file), else None. Treat as read-only."""
+    tensor = constant_tensor(value)
+    return None if tensor is None else tensor.numpy()
+
+
+def is_constant(value: ir.Value | None, known: dict[ir.Value, bool] | None = None) -> bool:
+    """True if the value depends on no input of the model: an initializer or computed from such alone.
+
+    `known` may be passed to reuse answers over many calls on one unchanged model.
+    """
+    if value is None:
+        return True
+    known = {} if known is None else known
+    stack = [value]
+    while stack:
+        current = stack[-1]
+        if current in known:
+            stack.pop()
+            continue
+        node = current.producer()
+        if node is None:
+            known[current] = current.is_initializer() and not current.is_graph_input()
+        elif node.op_type in RANDOM_OPS or any(a.type in _GRAPH_ATTRS for a in node.attributes.values()):
+            known[current] = False
+        else:
+            inputs = [v for v in node.inputs if v is not None]
+            missing = [v for v in inputs if v not in known]
+            if missing:
+                stack.extend(missing)
+                continue
+            known[current] = all(known[v] for v in inputs)
+        stack.pop()
+    return known[value]
+
+
+_GRAPH_ATTRS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+RANDOM_OPS = frozenset(
+    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
+)
+
+
+def replace_input(node: ir.Node, index: int, value: ir.Value | None) -> None:
+    """Let input `index` of `node` read `value`; None makes an optional input absent. Grows the inputs if needed."""
+    if index >= len(node.inputs):
+        node.resize_inputs(index + 1)
+    node.replace_input_with(index, value)
+
+
+def replace_uses(old: ir.Value, new: ir.Value, *, keep: Iterable[ir.Node] = ()) -> None:
+    """Let every reader of `old`, in sub-graphs too, read `new` instead, but for the nodes in `keep`.
+
+    Where `old` is a graph output, `new` takes its name and place, so the interface stays the same.
+    """
+    kept = set(keep)
+    for node, index in list(old.uses()):
+        if node not in kept:
+            node.replace_input_with(index, new)
+    for graph in {g for g in (old.graph, new.graph) if isinstance(g, ir.Graph)}:
+        for i, output in enumerate(graph.outputs):
+            if output is old:
+                _take_output_place(graph, i, old, new)
+
+
+def _take_output_place(graph: ir.Graph, i: int, old: ir.Value, new: ir.Value) -> None:
+    name = old.name
+    old.name = f"{name}_replaced"
+    if new.is_graph_input() or new.is_initializer() or new.is_graph_output():
+        # An input or stored value keeps its own name; the output becomes a copy of it.
+        node = ir.node("Identity", [new], outputs=[ir.Value(name=name, type=old.type, shape=old.shape)], name=name)
+        graph.append(node)
+        new = node.outputs[0]
+    new.name, new.type, new.shape = name, old.type, old.shape
+    graph.outputs[i] = new
+
+
+def insert_before(node: ir.Node, new_nodes: Sequence[ir.Node]) -> None:
+    """Put nodes into the graph of `node`, just before it."""
+    graph = node.graph
+    if graph is None:
+        raise ModelError(f"node {node.name!r} must be in a graph to insert before it")
+    graph.insert_before(node, new_nodes)
+
+
+def insert_after(value: ir.Value, new_nodes: Sequence[ir.Node]) -> None:
+    """Put nodes right after the place where `value` becomes known (the start of the graph for inputs and weights)."""
+    producer = value.producer()
+    graph = graph_of(value)
+    if producer is not None:
+        graph.insert_after(producer, new_nodes)
+    elif len(graph):
+        graph.insert_before(graph[0], new_nodes)
+    else:
+        graph.extend(new_nodes)
+
+
+def make_node(
+    namer: Namer, op_type: str, inputs: Sequence[ir.Value | None], hint: str, *, domain: str = "",
+    attributes: dict[str, Any] | None = None, n_outputs: int = 1,
+) -> ir.Node:  # fmt: skip
+    """A node, not yet in a graph, whose name and output names are free."""
+    outputs = [ir.Value(name=namer(hint if i == 0 else f"{hint}.{i}")) for i in range(n_outputs)]
+    return ir.node(
+        op_type, inputs, attributes=attributes or {}, domain=domain, outputs=outputs, name=namer(f"{hint}/{op_type}")
+    )
+
+
+def remove_node(node: ir.Node) -> None:
+    """Take a node out of its graph. Raises ModelError if somebody still reads it."""
+    if node.graph is None:
+        return
+    if any(list(o.uses()) or o.is_graph_output() for o in node.outputs):
+        raise ModelError(f"a node must be unused to be removed, but {node.name!r} is still read")
+    node.graph.remove(node, safe=True)
+
+
+def remove_unused(model: ir.Model) -> int:
+    """Drop nodes, initializers and functions that no output depends on; returns how many nodes and weights went."""
+    before = _count(model)
+    ir.passes.common.RemoveUnusedNodesPass()(model)
+    for graph in model.graphs():
+        for name, value in list(graph.initializers.items()):
+            if not list(value.uses()) and not value.is_graph_output() and not value.is_graph_input():
+                graph.initializers.pop(name)
+    ir.passes.common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
+    return before - _count(model)
+
+
+def _count(model: ir.Model) -> int:
+    return sum(len(g) + len(g.initializers) for g in model.graphs())
+
+
+def sort(model: ir.Model) -> None:
+    """Order nodes so that each comes after what it reads. Raises ModelError on a cycle."""
+    try:
+        for graph in model.graphs():
+            graph.sort()
+    except ValueError as e:
+        raise ModelError(f"the graph must have no cycle, but one was found ({e}); export the model again") from e
+
+
+def paths(model: ir.Model) -> dict[ir.Node, str]:
+    """Name of each node, dotted inside sub-graphs: `loop.body_matmul`."""
+    found: dict[ir.Node, str] = {}
+
+    def visit(graph: ir.Graph, prefix: str) -> None:
+        for node in graph:
+            path = prefix + (node.name or node.op_type)
+            found[node] = path
+            for attr in node.attributes.values():
+                if attr.is_ref():
+                    continue
+                if attr.type == ir.AttributeType.GRAPH:
+                    visit(attr.as_graph(), path + ".")
+                elif attr.type == ir.AttributeType.GRAPHS:
+                    for sub in attr.as_graphs():
+                        visit(sub, path + ".")
+
+    visit(model.graph, "")
+    return found
