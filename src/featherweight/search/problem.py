@@ -1,0 +1,236 @@
+"""One compression problem, opened: the model normalised, the data checked and split, the original measured."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from featherweight import data as fwdata
+from featherweight.core import Budget, Note, Profile, Progress
+from featherweight.errors import DataError, ModelError, RunError
+from featherweight.graph import io, surgery
+from featherweight.graph.normalise import Normalised, normalise
+from featherweight.runtime import ort, targets
+from featherweight.runtime.sandbox import Worker
+from featherweight.search.journal import Journal
+from featherweight.search.request import Request, chosen_techniques, matching_nodes
+from featherweight.techniques import Technique, all_techniques
+
+MAX_CALIBRATION = 200
+NORMALISE_FEEDS = 2
+
+
+@dataclass
+class Problem:
+    """Everything the search needs; built by `open_problem`, which says in which order.
+
+    `original` is the user's file, `model` its normalised form (saved at `model_path`), which all decisions are about.
+    """
+
+    request: Request
+    original: Path
+    original_bytes: int
+    model: ir.Model
+    model_path: Path
+    model_sha256: str
+    work: Path
+    splits: fwdata.Splits
+    budget: Budget
+    profile: Profile
+    techniques: dict[str, Technique]
+    keep_float: frozenset[str]
+    worker: Worker
+    journal: Journal
+    progress: Progress
+    runnable: Path
+    started: float
+    notes: list[Note] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def out_of_time(self) -> bool:
+        """True if the time budget is used up."""
+        limit = self.request.time_budget_s
+        return limit is not None and time.monotonic() - self.started > limit
+
+    def note(self, where: str, text: str) -> None:
+        """Remember something the user should know, once."""
+        entry = Note(where, text)
+        if entry not in self.notes:
+            self.notes.append(entry)
+
+
+def open_problem(request: Request, out: Path, worker: Worker, progress: Progress, *, resume: bool) -> Problem:
+    """Load, open the journal, check and split the data, normalise. Everything that can be refused is refused here.
+
+    Raises ModelError, DataError, BudgetError, TechniqueError, OutputError, each before any long work.
+    """
+    started = time.monotonic()
+    progress.start("reading the model")
+    model = io.load(request.model)
+    original_bytes, sha = io.size_bytes(request.model), io.sha256(request.model)
+    budget = request.budget(original_bytes)
+    known = all_techniques()
+    names = chosen_techniques(request.techniques, known)
+    profile = _profile(request)
+    inputs = input_specs(model)
+    work = out / "work"
+    sources = _open_sources(request, inputs, work)
+    out.mkdir(parents=True, exist_ok=True)
+    journal = Journal(out / "journal.sqlite", request.asked(sha), resume=resume)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    notes: list[Note] = []
+    splits = _spooled(sources, request, inputs, work, progress, notes)
+    progress.start("normalising the graph")
+    feeds = first_feeds(splits.calibration, NORMALISE_FEEDS)
+    normalised = normalise(model, run=child_runner(worker, work), feeds=feeds)
+    model_path = work / "normalised.onnx"
+    io.save(normalised.model, model_path)
+    problem = Problem(
+        request=request,
+        original=request.model,
+        original_bytes=original_bytes,
+        model=normalised.model,
+        model_path=model_path,
+        model_sha256=io.sha256(model_path),
+        work=work,
+        splits=splits,
+        budget=budget,
+        profile=profile,
+        techniques={n: known[n] for n in names},
+        keep_float=matching_nodes(request.keep_float, list(surgery.paths(normalised.model).values())),
+        worker=worker,
+        journal=journal,
+        progress=progress,
+        runnable=_runnable(request.model, model_path, worker, feeds, notes),
+        started=started,
+        notes=notes,
+    )
+    _describe(problem, normalised)
+    return problem
+
+
+def input_specs(model: ir.Model) -> tuple[fwdata.InputSpec, ...]:
+    """The inputs a caller must feed: initializers listed as inputs are not among them."""
+    specs = []
+    for value in model.graph.inputs:
+        if value.name in model.graph.initializers:
+            continue
+        if value.name is None or value.dtype is None:
+            raise ModelError(f"every input must have a name and a tensor type, but got {value!r}")
+        dims = None if value.shape is None else tuple(_dim(d) for d in value.shape)
+        specs.append(fwdata.InputSpec(value.name, value.dtype.numpy(), dims))
+    return tuple(specs)
+
+
+def _dim(dim: int | ir.SymbolicDim) -> int | str | None:
+    return dim if isinstance(dim, int) else dim.value
+
+
+def first_feeds(dataset: fwdata.Dataset, n: int) -> list[dict[str, np.ndarray]]:
+    """Feeds of the first `n` batches."""
+    feeds = []
+    for batch in dataset.batches():
+        feeds.append(batch.feeds)
+        if len(feeds) == n:
+            break
+    return feeds
+
+
+def child_runner(worker: Worker, work: Path) -> Any:
+    """A Runner for graph passes: save, run in the child, give the outputs back."""
+
+    def run(model: ir.Model, feeds: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+        path = work / "check.onnx"
+        io.save(model, path)
+        try:
+            return worker.call(ort.run_model, str(path), [dict(f) for f in feeds], doing="checking a graph pass")
+        finally:
+            for file in work.glob("check.onnx*"):
+                file.unlink(missing_ok=True)
+
+    return run
+
+
+def _profile(request: Request) -> Profile:
+    if request.profile in (None, "this"):
+        return targets.this_machine()
+    return targets.load_profile(request.profile)
+
+
+def _open_sources(
+    request: Request, inputs: Sequence[fwdata.InputSpec], work: Path
+) -> tuple[fwdata.Dataset, fwdata.Dataset | None]:
+    """The user's data, and a second source where calibration data were given apart."""
+
+    def opened(source: Any) -> fwdata.Dataset:
+        return fwdata.open_data(
+            source,
+            inputs,
+            preprocess=request.preprocess,
+            tokenizer=request.tokenizer,
+            batch_size=request.batch_size,
+        )
+
+    if request.data is None:
+        raise DataError("compression is measured on data; give some with --data")
+    main = opened(request.data)
+    return (main, None) if request.calibration is None else (opened(request.calibration), main)
+
+
+def _spooled(
+    sources: tuple[fwdata.Dataset, fwdata.Dataset | None],
+    request: Request,
+    inputs: Sequence[fwdata.InputSpec],
+    work: Path,
+    progress: Progress,
+    notes: list[Note],
+) -> fwdata.Splits:
+    """Split, then read each part once: checked and written to disk so that it is decoded only once."""
+    first, evaluation = sources
+    if first.n_batches == 0:
+        raise DataError(f"calibration data is empty: {first.source} has no batch")
+    parts = fwdata.split(first, seed=request.seed, max_calibration=MAX_CALIBRATION, evaluation=evaluation)
+    notes.extend((*first.notes, *(evaluation.notes if evaluation else ()), *parts.notes))
+    read: dict[str, fwdata.Dataset] = {}
+    for role in ("calibration", "validation", "holdout"):
+        part = getattr(parts, role)
+        same = next((r for r in read if getattr(parts, r) == part), None)
+        progress.start(f"reading {role} data", part.n_batches)
+        read[role] = read[same] if same else fwdata.spool(part, work / role, inputs=inputs, progress=progress)
+    notes.extend(fwdata.likeness(read["calibration"], read["holdout"]))
+    return fwdata.Splits(read["calibration"], read["validation"], read["holdout"], parts.notes)
+
+
+def _runnable(
+    original: Path, normalised: Path, worker: Worker, feeds: Sequence[Mapping[str, np.ndarray]], notes: list[Note]
+) -> Path:
+    """The file to measure as the original: the user's own, unless the runtime refuses it and the repaired one runs."""
+    try:
+        worker.call(ort.run_model, str(original), [dict(f) for f in feeds[:1]], doing="running the original")
+    except RunError as e:
+        worker.call(ort.run_model, str(normalised), [dict(f) for f in feeds[:1]], doing="running the repaired original")
+        notes.append(Note(original.name, f"the runtime refuses this file as it is ({e}); its repaired form is measured"))
+        return normalised
+    return original
+
+
+def _describe(problem: Problem, normalised: Normalised) -> None:
+    """Notes and facts about what happened at the door."""
+    for step in normalised.steps:
+        if step.rolled_back:
+            problem.note(step.name, f"undone because outputs moved by {step.max_abs_diff:.3g}: {step.detail}")
+    problem.facts["normalised"] = [
+        {"step": s.name, "changed": s.changed, "max_abs_diff": s.max_abs_diff, "rolled_back": s.rolled_back}
+        for s in normalised.steps
+        if s.changed or s.rolled_back
+    ]
+    sizes = {r: getattr(problem.splits, r).n_samples for r in ("calibration", "validation", "holdout")}
+    problem.facts["samples"] = sizes
