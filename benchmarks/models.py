@@ -47,9 +47,7 @@ def write_mobilenetv2(path: Path) -> Path:
     return path
 
 
-def _inverted_residual(
-    net: Network, x: str, t: Mapping[str, np.ndarray], at: str, *, stride: int, expand: bool
-) -> str:
+def _inverted_residual(net: Network, x: str, t: Mapping[str, np.ndarray], at: str, *, stride: int, expand: bool) -> str:
     y = x
     part = 0
     if expand:
@@ -153,7 +151,9 @@ def _layer_norm(net: Network, x: str, t: Mapping[str, np.ndarray], at: str) -> s
 def _gelu(net: Network, x: str, at: str) -> str:
     """x/2 (1 + erf(x / sqrt 2)), in the nodes the exporter writes below opset 20."""
     inner = net.node("Div", [x, net.weight("root_two", np.float32(2**0.5))], f"{at}.gelu_scaled")
-    erf = net.node("Add", [net.node("Erf", [inner], f"{at}.gelu_erf"), net.weight("one", np.float32(1))], f"{at}.gelu_1")
+    erf = net.node(
+        "Add", [net.node("Erf", [inner], f"{at}.gelu_erf"), net.weight("one", np.float32(1))], f"{at}.gelu_1"
+    )
     product = net.node("Mul", [x, erf], f"{at}.gelu_product")
     return net.node("Mul", [product, net.weight("half", np.float32(0.5))], f"{at}.gelu")
 

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import feeds
 import numpy as np
+
+import feeds
 
 ORT_STATIC: dict[str, dict[str, Any]] = {
     "ort-static": {},

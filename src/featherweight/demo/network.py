@@ -44,10 +44,10 @@ class Network:
 
     def save(self, path: Path) -> None:
         """Write a checked file of opset 18 (IR version 10)."""
-        graph = helper.make_graph(
-            self._nodes, self._name, self._inputs, self._outputs, list(self._weights.values())
+        graph = helper.make_graph(self._nodes, self._name, self._inputs, self._outputs, list(self._weights.values()))
+        model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="featherweight.demo"
         )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="featherweight.demo")
         model.ir_version = 10
         onnx.checker.check_model(model, full_check=True)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def conv_norm(
     )
     if not relu6:
         return y
-    zero, six = net.weight("zero", np.float32(0)), net.weight("six", np.float32(6))
+    zero, six = net.weight("zero", np.array(0, np.float32)), net.weight("six", np.array(6, np.float32))
     return net.node("Clip", [y, zero, six], f"{conv}.relu6")
 
 
