@@ -152,7 +152,8 @@ def apply(picture: Image.Image, recipe: Preprocess, where: str = "the image") ->
                 f"{where} is {picture.height}x{picture.width} after resizing, smaller than the crop "
                 f"{height}x{width}; set resize"
             )
-        top, left = round((picture.height - height) / 2), round((picture.width - width) / 2)
+        # An odd margin leaves its extra pixel at the bottom right, as in TensorFlow; torchvision rounds half to even.
+        top, left = (picture.height - height) // 2, (picture.width - width) // 2
         picture = picture.crop((left, top, left + width, top + height))
     pixels = np.asarray(picture)
     pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
