@@ -181,9 +181,7 @@ def quantize_matrix(
 ) -> tuple[npt.NDArray[np.int8], F32]:
     """`quantize` for callers that want only codes int8 (g, out, k) and scale float32 (g, out[, blocks])."""
     order = reduction_order
-    q = quantize(
-        W, C, bits=bits, scale=scale, block=block, damp=damp, pair_safe=pair_safe, reduction_order=order
-    )
+    q = quantize(W, C, bits=bits, scale=scale, block=block, damp=damp, pair_safe=pair_safe, reduction_order=order)
     return q.codes, q.scale
 
 
@@ -216,13 +214,17 @@ def quantize(
     Raises:
         TechniqueError: wrong bits, shapes, or values that are not finite.
     """
-    _check(W, C, bits, block)
+    if not 2 <= bits <= 8:
+        raise TechniqueError(f"bits must be 2..8, but got {bits}; 1 bit needs a palette")
+    if block < 0:
+        raise TechniqueError(f"block must be >= 0 (0: one scale a row), but got {block}")
+    check(W, C)
     g, _, k = W.shape
     # Powers of two are exact, and keep squares of any finite weight inside float32.
     unit = np.float32(2.0 ** np.clip(np.floor(np.log2(max(float(np.abs(W).max()), 1e-30))), -100, 100))
     Wt = np.ascontiguousarray(W.transpose(0, 2, 1) / unit, dtype=np.float32)
-    C, level = _levelled(C)
-    importance = _importance(C, g, k)
+    C, level = levelled(C)
+    importance = importance_of(C, g, k)
     grid = _scales.first_grid(
         Wt,
         importance,
@@ -320,7 +322,7 @@ def _pairs(k: int, reduction_order: npt.NDArray[np.integer] | None) -> I64:
     return order[: k // 2 * 2].reshape(-1, 2)
 
 
-def _levelled(C: Moments | None) -> tuple[F64 | None, F64]:
+def levelled(C: Moments | None) -> tuple[F64 | None, F64]:
     """C as float64 with mean diagonal 1 in each group (float32 products are then safe), and the divisors."""
     if C is None:
         return None, np.ones(1)
@@ -331,18 +333,15 @@ def _levelled(C: Moments | None) -> tuple[F64 | None, F64]:
     return wide / level.reshape(-1, *[1] * (wide.ndim - 1)), level
 
 
-def _importance(C: F64 | None, groups: int, k: int) -> F32:
+def importance_of(C: F64 | None, groups: int, k: int) -> F32:
     """Diagonal (g, k) of a levelled C; dead inputs keep a small weight, no C gives ones."""
     if C is None:
         return np.ones((groups, k), np.float32)
     return np.maximum(C if C.ndim == 2 else np.einsum("gii->gi", C), 1e-4).astype(np.float32)
 
 
-def _check(W: F32, C: Moments | None, bits: int, block: int) -> None:
-    if not 2 <= bits <= 8:
-        raise TechniqueError(f"bits must be 2..8, but got {bits}; 1 bit needs a palette")
-    if block < 0:
-        raise TechniqueError(f"block must be >= 0 (0: one scale a row), but got {block}")
+def check(W: F32, C: Moments | None) -> None:
+    """Raise TechniqueError unless W (g, out, k) and C are finite and of matching shape."""
     if W.ndim != 3 or 0 in W.shape:
         raise TechniqueError(f"weights must be (groups, out, k) and not empty, but got shape {W.shape}")
     if not np.isfinite(W).all():
@@ -354,6 +353,4 @@ def _check(W: F32, C: Moments | None, bits: int, block: int) -> None:
     if C.shape not in ((g, k, k), (g, k)):
         raise TechniqueError(f"second moments must be ({g}, {k}, {k}) or ({g}, {k}), but got {C.shape}")
     if not np.isfinite(C).all():
-        raise TechniqueError(
-            "second moments must be finite, but are not: NaN or inf in the calibration data?"
-        )
+        raise TechniqueError("second moments must be finite, but are not: NaN or inf in the calibration data?")
