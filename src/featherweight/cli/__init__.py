@@ -6,6 +6,7 @@ Commands are found by file name and imported when invoked. They import what is h
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import pkgutil
 from typing import Any
@@ -21,8 +22,11 @@ class Commands(click.Group):
         return sorted(info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("_"))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of one module, or None; click then lists near names."""
+        """The command of one module, or None. Raises click.UsageError with near names where there are some."""
         if cmd_name not in self.list_commands(ctx):
+            near = difflib.get_close_matches(cmd_name, self.list_commands(ctx), n=2)
+            if near and not ctx.resilient_parsing:
+                ctx.fail(f"there is no command {cmd_name!r}; did you mean {' or '.join(near)}?")
             return None
         command: Any = importlib.import_module(f"{__name__}.{cmd_name}").command
         if not isinstance(command, click.Command):

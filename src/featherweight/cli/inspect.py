@@ -26,7 +26,7 @@ def command(model: Path, *, data: str | None, batch_size: int, all_layers: bool,
     featherweight inspect lite0.onnx
     featherweight inspect lite0.onnx --data images/ --preprocess lite0
     """
-    from featherweight.pipeline import inspect
+    from featherweight.inspection import inspect
 
     found = inspect(model, data=data, batch=batch_size, **asked)
 

@@ -1,0 +1,273 @@
+"""What a model is made of: where bytes, operations, time and memory are, and what each bit width would leave.
+
+Bytes and operations are counted on the normalised graph, sizes on the file as it is; times are measured.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featherweight.core import Note, Profile
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from featherweight.graph.cost import Costs
+    from featherweight.graph.weights import Weight
+
+BIT_WIDTHS = (8, 7, 6, 5, 4, 3, 2, 1)
+OPTIMIZERS = ("adam", "sgd")
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """An input or output of the model; a dimension is a number, a symbol, or None."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorLine:
+    """One stored tensor. `role` is how it is used as a weight, '' if it is none; `encoding` how it is stored."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    elements: int
+    size_bytes: int
+    role: str = ""
+    encoding: str = ""
+    readers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLine:
+    """One node's cost a call; `latency_ms` only where data was given."""
+
+    name: str
+    op_type: str
+    macs: int
+    weight_bytes: int
+    output_bytes: int
+    latency_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BitFloor:
+    """The bytes if every weight took `bits` bits an element and nothing else changed; scales not counted."""
+
+    bits: int
+    weight_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """Planned memory of one training step, in bytes."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All four together."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Everything `inspect` found. Counts are a call at batch `batch`; None where shapes do not tell."""
+
+    model: str
+    file_bytes: int
+    ir_version: int
+    opsets: Mapping[str, int]
+    producer: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    ops: Mapping[str, int]
+    tensors: tuple[TensorLine, ...]
+    nodes: tuple[NodeLine, ...]
+    parameters: int
+    weight_bytes: int
+    compressible_bytes: int
+    macs: int
+    batch: int
+    peak_activation_bytes: int | None
+    inference_bytes: int | None
+    training: Mapping[str, Training] = field(default_factory=dict)
+    bit_floors: tuple[BitFloor, ...] = ()
+    encodings: Mapping[str, int] = field(default_factory=dict)
+    target: Profile | None = None
+    notes: tuple[Note, ...] = ()
+
+
+def inspect(
+    model: str | Path,
+    *,
+    data: Any = None,
+    preprocess: Any = None,
+    tokenizer: Path | None = None,
+    profile: str | Path | None = None,
+    batch: int = 1,
+    threads: int = 1,
+) -> Inspection:
+    """Look into a model file; runs it (in a child process) only if `data` is given.
+
+    Raises:
+        ModelError: the file cannot be used.
+        DataError: the data does not fit the model.
+        RunError: the runtime refuses the model.
+    """
+    from featherweight.graph import cost, io
+    from featherweight.graph.normalise import normalise
+    from featherweight.graph.weights import skipped, weights
+    from featherweight.runtime.targets import load_profile, this_machine
+
+    path = Path(model)
+    original = io.load(path)
+    graph = normalise(original, run=None).model
+    found = weights(graph)
+    inputs = {port.name: _concrete(port, batch) for port in _ports(graph.graph.inputs)}
+    counted = cost.costs(graph, input_shapes={name: shape for name, shape in inputs.items() if shape is not None})
+    times: Mapping[str, float] = {}
+    if data is not None:
+        times = _node_times(path, original, data, preprocess, tokenizer, batch, threads)
+    target = this_machine() if profile in (None, "this") else load_profile(str(profile))
+    file_bytes = io.size_bytes(path)
+    return Inspection(
+        model=path.name,
+        file_bytes=file_bytes,
+        ir_version=int(original.ir_version),
+        opsets={domain or "ai.onnx": int(v) for domain, v in original.opset_imports.items()},
+        producer=original.producer_name or "",
+        inputs=_ports(original.graph.inputs),
+        outputs=_ports(original.graph.outputs),
+        ops=dict(Counter(_op(node) for node in original.graph.all_nodes()).most_common()),
+        tensors=_tensors(original, graph, found),
+        nodes=_nodes(counted, times),
+        parameters=sum(t.elements for t in _stored(original)),
+        weight_bytes=sum(t.size_bytes for t in _stored(original)),
+        compressible_bytes=sum(w.size_bytes for w in found),
+        macs=counted.macs,
+        batch=batch,
+        peak_activation_bytes=counted.peak_activation_bytes,
+        inference_bytes=_plus(counted.weight_bytes, counted.peak_activation_bytes),
+        training=_training(counted, batch),
+        bit_floors=bit_floors(found, file_bytes),
+        encodings=_encodings(graph),
+        target=target,
+        notes=tuple(skipped(graph)),
+    )
+
+
+def bit_floors(found: list[Weight], file_bytes: int) -> tuple[BitFloor, ...]:
+    """What the file would weigh with every weight at 8..1 bits an element, the rest as it is."""
+    elements = [_count(w.shape) for w in found]
+    rest = max(file_bytes - sum(w.size_bytes for w in found), 0)
+    floors = []
+    for bits in BIT_WIDTHS:
+        weight_bytes = sum(-(-n * bits // 8) for n in elements)
+        floors.append(BitFloor(bits, weight_bytes, rest + weight_bytes))
+    return tuple(floors)
+
+
+def _ports(values: Any) -> tuple[Port, ...]:
+    ports = []
+    for value in values:
+        shape = None if value.shape is None else tuple(_dimension(d) for d in value.shape)
+        ports.append(Port(value.name or "", "unknown" if value.dtype is None else value.dtype.name.lower(), shape))
+    return tuple(ports)
+
+
+def _dimension(d: Any) -> int | str | None:
+    return d if isinstance(d, int) else (str(d.value) if d.value is not None else None)
+
+
+def _concrete(port: Port, batch: int) -> tuple[int, ...] | None:
+    """The input's shape with its first unknown axis at `batch`; None if others are unknown too."""
+    if port.shape is None:
+        return None
+    dims = list(port.shape)
+    if dims and not isinstance(dims[0], int):
+        dims[0] = batch
+    return tuple(d for d in dims if isinstance(d, int)) if all(isinstance(d, int) for d in dims) else None
+
+
+def _op(node: ir.Node) -> str:
+    return f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    n = 1
+    for d in shape:
+        n *= d
+    return n
+
+
+def _plus(a: int | None, b: int | None) -> int | None:
+    return None if a is None or b is None else a + b
+
+
+def _stored(model: ir.Model) -> list[TensorLine]:
+    """Every initializer of the model and its sub-graphs, and every tensor in a Constant node."""
+    lines = []
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                lines.append(_line(value.name or "", value.const_value, tuple(u.node.name or "" for u in value.uses())))
+        for node in graph:
+            tensor = node.attributes.get("value") if node.op_type == "Constant" else None
+            if tensor is not None and hasattr(tensor.value, "nbytes"):
+                output = node.outputs[0]
+                lines.append(_line(output.name or "", tensor.value, tuple(u.node.name or "" for u in output.uses())))
+    return lines
+
+
+def _line(name: str, tensor: Any, readers: tuple[str, ...]) -> TensorLine:
+    shape = tuple(int(d) for d in tensor.shape)
+    return TensorLine(name, shape, tensor.dtype.name.lower(), _count(shape), int(tensor.nbytes), readers=readers)
+
+
+def _tensors(original: ir.Model, graph: ir.Model, found: list[Weight]) -> tuple[TensorLine, ...]:
+    """Stored tensors by falling size, with the role of those that are weights."""
+    import dataclasses
+
+    roles = {w.name: "+".join(dict.fromkeys(u.role for u in w.uses)) for w in found}
+    lines = [dataclasses.replace(line, role=roles.get(line.name, "")) for line in _stored(original)]
+    return tuple(sorted(lines, key=lambda line: (-line.size_bytes, line.name)))
+
+
+def _nodes(counted: Costs, times: Mapping[str, float]) -> tuple[NodeLine, ...]:
+    return tuple(
+        NodeLine(n.name, n.op_type, n.macs, n.weight_bytes, n.output_bytes, times.get(n.name)) for n in counted.nodes
+    )
+
+
+def _training(counted: Costs, batch: int) -> dict[str, Training]:
+    """Training memory for each optimiser; empty where the activations' shapes do not tell."""
+    made = {}
+    for optimizer in OPTIMIZERS:
+        t = counted.train_bytes(optimizer=optimizer, batch=batch)
+        made[optimizer] = Training(t.weights, t.gradients, t.optimizer, t.activations)
+    return made
+
+
+def _encodings(graph: ir.Model) -> dict[str, int]:
+    """How many values are decoded from each kind of compact storage."""
+    return {}
+
+
+def _node_times(
+    path: Path, model: ir.Model, data: Any, preprocess: Any, tokenizer: Path | None, batch: int, threads: int
+) -> Mapping[str, float]:
+    """Milliseconds a call of each node, measured in a child process on the first batches."""
+    return {}
