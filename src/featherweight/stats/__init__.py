@@ -1,3 +1,8 @@
 """Calibration statistics: one streaming pass, memory flat in the number of batches."""
 
 from __future__ import annotations
+
+from featherweight.stats.streaming import collect, model_key
+from featherweight.stats.statistics import MomentStats, Statistics, ValueStats
+
+__all__ = ["MomentStats", "Statistics", "ValueStats", "collect", "model_key"]
