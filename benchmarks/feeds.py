@@ -65,17 +65,13 @@ def prepare_images(source: Path, target: Path, split: str) -> Path:
     return target
 
 
-def prepare_pairs(source: Path, target: Path, tokenizer: Path, *, pairs: int | None = None) -> Path:
+def prepare_pairs(source: Path, target: Path, tokenizer: Path, *, n: int | None = None) -> Path:
     """Sentence pairs of a TSV as token batches of 8 (4 pairs), padded to the longest, and their scores."""
     from tokenizers import Tokenizer
 
     if (target / "spec.json").exists():
         return target
-    with source.open(newline="", encoding="utf-8") as f:
-        rows = list(csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE))
-    if pairs is not None:
-        chosen = np.sort(np.random.default_rng(0).choice(len(rows), pairs, replace=False))
-        rows = [rows[i] for i in chosen]
+    rows = pairs(source, n)
     sentences = [row[key] for row in rows for key in ("sentence1", "sentence2")]
     tool = Tokenizer.from_file(str(tokenizer))
     tool.enable_truncation(MAX_TOKENS)
@@ -92,6 +88,15 @@ def prepare_pairs(source: Path, target: Path, tokenizer: Path, *, pairs: int | N
     np.save(target / "labels.npy", np.array([float(row["score"]) for row in rows]))
     _write_spec(target, {"kind": "pairs", "batches": len(starts)})
     return target
+
+
+def pairs(source: Path, n: int | None = None) -> list[dict[str, str]]:
+    """Rows of a TSV of sentence pairs: all, or `n` drawn with a fixed seed, in file order."""
+    with source.open(newline="", encoding="utf-8") as f:
+        rows = list(csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE))
+    if n is None:
+        return rows
+    return [rows[i] for i in np.sort(np.random.default_rng(0).choice(len(rows), n, replace=False))]
 
 
 def _write_spec(target: Path, spec: dict[str, Any]) -> None:
