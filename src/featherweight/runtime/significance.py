@@ -1,0 +1,196 @@
+"""Is the drop within the limit, beyond chance? Paired intervals and tests on per-sample values.
+
+Both models saw the same samples, so differences are taken sample by sample: this sees drops many times smaller than
+comparing two accuracies would.
+- 0/1 scores against labels: Agresti and Min's adjusted interval for paired proportions (Biometrics 2005), and the exact
+  McNemar test. A bootstrap of "no sample changed" would claim certainty; this does not.
+- 0/1 agreement with the original: Wilson's score interval.
+- anything else: percentile bootstrap over samples, seeded.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from featherweight.core import Interval
+from featherweight.errors import DataError
+from featherweight.runtime.metrics import Metric
+from featherweight.runtime.outputs import Array
+from featherweight.runtime.scores import Float
+
+Verdict = Literal["within", "beyond", "undecided"]
+_CELLS = 4_000_000  # values gathered at once by the bootstrap: bounds its memory to tens of MB
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """How much worse the candidate is (`value` > 0: worse), with its interval and how it was found.
+
+    `p_value` is McNemar's exact one where scores are 0/1 against labels, else None; `gained` and `lost` count the
+    samples that only the candidate, or only the original, has right. `interval` is None for one-number metrics.
+    """
+
+    value: float
+    interval: Interval | None
+    method: str
+    p_value: float | None = None
+    gained: int = 0
+    lost: int = 0
+    n_samples: int = 0
+
+    def verdict(self, limit: float) -> Verdict:
+        """Whether the interval lies within `limit`, beyond it, or across it."""
+        if self.interval is None:
+            return "undecided"
+        if self.interval.high <= limit:
+            return "within"
+        return "beyond" if self.interval.low > limit else "undecided"
+
+
+def drop_interval(
+    metric: Metric,
+    baseline: Float | None,
+    candidate: Float | None,
+    labels: Array | None = None,
+    *,
+    values: tuple[float, float] | None = None,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Drop:
+    """The paired drop of `metric` from `baseline` to `candidate`, per-sample values (n, ...) of the same samples.
+
+    Args:
+        metric: how per-sample values make one number.
+        baseline: the original's; None for a metric of agreement (it is perfect against itself).
+        candidate: the compressed model's; None, with `values`, for a metric that is one number over all.
+        labels: (n, ...), where the aggregate needs them.
+        values: (baseline, candidate) aggregates of a one-number metric.
+        level: of the two-sided interval.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Raises:
+        DataError: the two are not of the same samples.
+    """
+    if not 0.5 <= level < 1:
+        raise DataError(f"level must be in 0.5..1, but got {level}")
+    if candidate is None:
+        if values is None:
+            raise DataError("a drop needs per-sample values or the two aggregates, but got neither")
+        return Drop(metric.drop(*values), None, "one number, no interval")
+    n = len(candidate)
+    if n == 0 or (baseline is not None and baseline.shape != candidate.shape):
+        shape = None if baseline is None else baseline.shape
+        raise DataError(f"paired values must be of the same samples, but got {shape} and {candidate.shape}")
+    if baseline is None and metric.perfect is None:
+        raise DataError(f"the metric {metric.name} needs the original's values too, but got none")
+    start = metric.perfect if baseline is None else metric.aggregate(baseline, labels)
+    assert start is not None
+    value = metric.drop(start, metric.aggregate(candidate, labels))
+    if _binary(candidate) and (baseline is None or _binary(baseline)):
+        return _binary_drop(baseline, candidate, value, metric.higher_is_better, level)
+    low, high = _bootstrap(metric, baseline, candidate, labels, level, resamples, seed)
+    return Drop(value, Interval(min(low, value), max(high, value), level), "bootstrap", n_samples=n)
+
+
+def mcnemar(baseline: Float, candidate: Float) -> tuple[int, int, float]:
+    """Exact two-sided McNemar test of 0/1 scores (n,): (gained, lost, p). p is 1 if nothing changed."""
+    from scipy.stats import binomtest
+
+    gained = int(((candidate == 1) & (baseline == 0)).sum())
+    lost = int(((candidate == 0) & (baseline == 1)).sum())
+    if gained + lost == 0:
+        return 0, 0, 1.0
+    return gained, lost, float(binomtest(min(gained, lost), gained + lost, 0.5).pvalue)
+
+
+def agresti_min(gained: int, lost: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Interval of the paired drop (lost - gained) / n, half a sample added to each cell of the 2 x 2 table."""
+    b, c, total = lost + 0.5, gained + 0.5, n + 2
+    middle = (b - c) / total
+    half = _z(level) * math.sqrt(max(0.0, (b + c) - (b - c) ** 2 / total)) / total
+    return middle - half, middle + half
+
+
+def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (1927)."""
+    z = _z(level)
+    p, denominator = successes / n, 1 + z * z / n
+    middle = (p + z * z / (2 * n)) / denominator
+    half = z / denominator * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def samples_needed(drop: Drop, limit: float) -> int | None:
+    """About how many samples in all would decide whether the drop is within `limit`, were it as seen so far.
+
+    The interval's side that faces the limit shrinks with the square root of the samples. `n_samples` if it is decided
+    already; None if no number would do (the drop is at the limit) or nothing is known about its spread.
+    """
+    if drop.interval is None or drop.n_samples == 0:
+        return None
+    if drop.verdict(limit) != "undecided":
+        return drop.n_samples
+    gap = limit - drop.value
+    reach = drop.interval.high - drop.value if gap > 0 else drop.value - drop.interval.low
+    if gap == 0 or not math.isfinite(reach):
+        return None
+    return max(drop.n_samples + 1, math.ceil(drop.n_samples * (reach / gap) ** 2))
+
+
+def _binary(values: Float) -> bool:
+    return values.ndim == 1 and bool(np.isin(values, (0.0, 1.0)).all())
+
+
+def _binary_drop(baseline: Float | None, candidate: Float, value: float, higher: bool, level: float) -> Drop:
+    n = len(candidate)
+    if baseline is None:
+        wrong = int((candidate == 0).sum()) if higher else int((candidate == 1).sum())
+        low, high = wilson(wrong, n, level)
+        return Drop(value, Interval(low, high, level), "wilson", None, 0, wrong, n)
+    if not higher:
+        baseline, candidate = 1 - baseline, 1 - candidate
+    gained, lost, p = mcnemar(baseline, candidate)
+    low, high = agresti_min(gained, lost, n, level)
+    return Drop(value, Interval(min(low, value), max(high, value), level), "agresti-min", p, gained, lost, n)
+
+
+def _bootstrap(
+    metric: Metric,
+    baseline: Float | None,
+    candidate: Float,
+    labels: Array | None,
+    level: float,
+    resamples: int,
+    seed: int,
+) -> tuple[float, float]:
+    """Percentiles of the drop over samples drawn with replacement, the same ones for both models."""
+    n = len(candidate)
+    rng = np.random.default_rng(seed)
+    step = max(1, _CELLS // max(1, candidate.size))
+    drops: list[float] = []
+    for start in range(0, resamples, step):
+        rows = rng.integers(0, n, size=(min(step, resamples - start), n))
+        after = metric.aggregate_many(candidate, labels, rows)
+        if baseline is None:
+            assert metric.perfect is not None
+            before = np.full(len(rows), metric.perfect)
+        else:
+            before = metric.aggregate_many(baseline, labels, rows)
+        drops.extend(metric.drop(float(b), float(a)) for b, a in zip(before, after, strict=True))
+    values = np.asarray(drops)
+    values = np.where(np.isnan(values), np.inf, values)  # infinite against infinite: as bad as can be
+    tail = (1 - level) / 2
+    low, high = np.quantile(values, [tail, 1 - tail], method="nearest")
+    return float(low), float(high)
+
+
+def _z(level: float) -> float:
+    from statistics import NormalDist
+
+    return NormalDist().inv_cdf(0.5 + level / 2)
