@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError, EncodeError  # type: ignore[imp
 
 from featherweight.errors import ModelError, OutputError
 from featherweight.graph import validate
-from featherweight.graph.surgery import copy_model
+from featherweight.graph.surgery import copy_model, in_memory, read_small
 
 MAX_PROTO_BYTES = 2**31 - 1
 EXTERNAL_ABOVE_BYTES = 1_500_000_000
@@ -52,6 +52,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         if isinstance(tensor, ir.ExternalTensor):
             tensor.base_dir = base
     validate.check_links(model, where)
+    read_small(model)
     return model
 
 
@@ -166,29 +167,19 @@ def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
                     yield from attr.as_tensors()
 
 
-def _inside(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    """The same tensor without reference to a file (still memory-mapped until it is serialised)."""
-    if not isinstance(tensor, ir.ExternalTensor):
-        return tensor
-    try:
-        return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, shape=tensor.shape, name=tensor.name)
-    except (OSError, ValueError) as e:
-        raise ModelError(f"the external data of {tensor.name!r} cannot be read from {tensor.path}: {e}") from e
-
-
 def _bring_inside(model: ir.Model, *, keep_large: bool) -> None:
     """Replace tensors that point to files; with `keep_large`, initializers that go to the side file stay."""
     for graph in [*model.graphs(), *(f.graph for f in model.functions.values())]:
         for value in graph.initializers.values():
             tensor = value.const_value
             if tensor is not None and not (keep_large and _goes_outside(tensor)):
-                value.const_value = _inside(tensor)
+                value.const_value = in_memory(tensor)
         for node in graph:
             for name, attr in list(node.attributes.items()):
                 if attr.is_ref() or attr.type != ir.AttributeType.TENSOR:
                     continue
                 if isinstance(attr.value, ir.ExternalTensor):
-                    node.attributes[name] = ir.AttrTensor(name, _inside(attr.value))
+                    node.attributes[name] = ir.AttrTensor(name, in_memory(attr.value))
 
 
 def _goes_outside(tensor: ir.TensorProtocol) -> bool:
@@ -226,7 +217,7 @@ def _raw(tensor: ir.TensorProtocol) -> memoryview:
     """Little-endian bytes of a tensor, without a copy where the layout allows it."""
     if tensor.dtype.bitwidth < 8:
         return memoryview(tensor.tobytes())
-    array = _inside(tensor).numpy()
+    array = in_memory(tensor).numpy()
     array = np.ascontiguousarray(array)
     if array.dtype.byteorder == ">":
         array = array.astype(array.dtype.newbyteorder("<"))

@@ -34,6 +34,34 @@ def _is_sorted(model: ir.Model) -> bool:
     return True
 
 
+def read_small(model: ir.Model, *, below_bytes: int = 1 << 16) -> None:
+    """Bring small tensors of side files into memory: graph libraries need the values of shapes and axes.
+
+    Raises ModelError if the side file cannot be read.
+    """
+    for graph in [*model.graphs(), *(f.graph for f in model.functions.values())]:
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes < below_bytes:
+                value.const_value = in_memory(tensor)
+        for node in graph:
+            for name, attr in list(node.attributes.items()):
+                if attr.is_ref() or not isinstance(attr.value, ir.ExternalTensor):
+                    continue
+                if attr.value.nbytes < below_bytes:
+                    node.attributes[name] = ir.AttrTensor(name, in_memory(attr.value))
+
+
+def in_memory(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """The same tensor without reference to a file; its bytes stay memory-mapped until they are touched."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        return tensor
+    try:
+        return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, shape=tensor.shape, name=tensor.name)
+    except (OSError, ValueError) as e:
+        raise ModelError(f"the external data of {tensor.name!r} cannot be read from {tensor.path}: {e}") from e
+
+
 def walk(graph: ir.Graph | ir.Function) -> Iterator[ir.Node]:
     """Every node of `graph` and of the sub-graphs inside it, outer node before its body."""
     yield from ir.traversal.RecursiveGraphIterator(graph)
