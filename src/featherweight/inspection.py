@@ -5,6 +5,8 @@ Bytes and operations are counted on the normalised graph, sizes on the file as i
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featherweight.core import Note, Profile
+from featherweight.errors import DataError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -130,18 +133,21 @@ def inspect(
     from featherweight.graph import cost, io
     from featherweight.graph.normalise import normalise
     from featherweight.graph.weights import skipped, weights
-    from featherweight.runtime.targets import load_profile, this_machine
+    from featherweight.runtime.measure import node_times
+    from featherweight.runtime.targets import load_profile
 
     path = Path(model)
     original = io.load(path)
     graph = normalise(original, run=None).model
     found = weights(graph)
+    encodings = _encodings(original)
     inputs = {port.name: _concrete(port, batch) for port in _ports(graph.graph.inputs)}
     counted = cost.costs(graph, input_shapes={name: shape for name, shape in inputs.items() if shape is not None})
     times: Mapping[str, float] = {}
     if data is not None:
-        times = _node_times(path, original, data, preprocess, tokenizer, batch, threads)
-    target = this_machine() if profile in (None, "this") else load_profile(str(profile))
+        feeds = _feeds(original, data, preprocess, tokenizer, batch)
+        times = node_times(path, feeds, threads=threads).ms
+    target = load_profile("this" if profile is None else profile)
     file_bytes = io.size_bytes(path)
     return Inspection(
         model=path.name,
@@ -152,7 +158,7 @@ def inspect(
         inputs=_ports(original.graph.inputs),
         outputs=_ports(original.graph.outputs),
         ops=dict(Counter(_op(node) for node in original.graph.all_nodes()).most_common()),
-        tensors=_tensors(original, graph, found),
+        tensors=_tensors(original, found),
         nodes=_nodes(counted, times),
         parameters=sum(t.elements for t in _stored(original)),
         weight_bytes=sum(t.size_bytes for t in _stored(original)),
@@ -163,7 +169,7 @@ def inspect(
         inference_bytes=_plus(counted.weight_bytes, counted.peak_activation_bytes),
         training=_training(counted, batch),
         bit_floors=bit_floors(found, file_bytes),
-        encodings=_encodings(graph),
+        encodings=encodings,
         target=target,
         notes=tuple(skipped(graph)),
     )
@@ -171,7 +177,7 @@ def inspect(
 
 def bit_floors(found: list[Weight], file_bytes: int) -> tuple[BitFloor, ...]:
     """What the file would weigh with every weight at 8..1 bits an element, the rest as it is."""
-    elements = [_count(w.shape) for w in found]
+    elements = [math.prod(w.shape) for w in found]
     rest = max(file_bytes - sum(w.size_bytes for w in found), 0)
     floors = []
     for bits in BIT_WIDTHS:
@@ -206,13 +212,6 @@ def _op(node: ir.Node) -> str:
     return f"{node.domain}::{node.op_type}" if node.domain else node.op_type
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    n = 1
-    for d in shape:
-        n *= d
-    return n
-
-
 def _plus(a: int | None, b: int | None) -> int | None:
     return None if a is None or b is None else a + b
 
@@ -234,13 +233,11 @@ def _stored(model: ir.Model) -> list[TensorLine]:
 
 def _line(name: str, tensor: Any, readers: tuple[str, ...]) -> TensorLine:
     shape = tuple(int(d) for d in tensor.shape)
-    return TensorLine(name, shape, tensor.dtype.name.lower(), _count(shape), int(tensor.nbytes), readers=readers)
+    return TensorLine(name, shape, tensor.dtype.name.lower(), math.prod(shape), int(tensor.nbytes), readers=readers)
 
 
-def _tensors(original: ir.Model, graph: ir.Model, found: list[Weight]) -> tuple[TensorLine, ...]:
+def _tensors(original: ir.Model, found: list[Weight]) -> tuple[TensorLine, ...]:
     """Stored tensors by falling size, with the role of those that are weights."""
-    import dataclasses
-
     roles = {w.name: "+".join(dict.fromkeys(u.role for u in w.uses)) for w in found}
     lines = [dataclasses.replace(line, role=roles.get(line.name, "")) for line in _stored(original)]
     return tuple(sorted(lines, key=lambda line: (-line.size_bytes, line.name)))
@@ -261,13 +258,31 @@ def _training(counted: Costs, batch: int) -> dict[str, Training]:
     return made
 
 
-def _encodings(graph: ir.Model) -> dict[str, int]:
-    """How many values are decoded from each kind of compact storage."""
-    return {}
+def _encodings(model: ir.Model) -> dict[str, int]:
+    """How many tensors are stored in each compact form, e.g. {'palette 3 bit': 12}."""
+    from featherweight.graph import encode
+
+    kinds: Counter[str] = Counter()
+    seen: set[int] = set()
+    for node in model.graph.all_nodes():
+        for value in node.inputs:
+            # A decoded tensor is what a node with further consumers' weights reads; its own parts match nothing.
+            if value is None or value.producer() is None or id(value) in seen:
+                continue
+            seen.add(id(value))
+            found = encode.read(model, value)
+            if found is not None:
+                kinds[found.kind if found.kind == "float16" else f"{found.kind} {found.layout.bits} bit"] += 1
+    return dict(kinds.most_common())
 
 
-def _node_times(
-    path: Path, model: ir.Model, data: Any, preprocess: Any, tokenizer: Path | None, batch: int, threads: int
-) -> Mapping[str, float]:
-    """Milliseconds a call of each node, measured in a child process on the first batches."""
-    return {}
+def _feeds(model: ir.Model, data: Any, preprocess: Any, tokenizer: Path | None, batch: int) -> dict[str, Any]:
+    """The first batch of the data."""
+    from featherweight.data.opening import open_data
+    from featherweight.search.problem import first_feeds, input_specs
+
+    opened = open_data(data, input_specs(model), preprocess=preprocess, tokenizer=tokenizer, batch_size=batch)
+    feeds = first_feeds(opened, 1)
+    if not feeds:
+        raise DataError(f"the data {data!r} has no batch to measure on")
+    return feeds[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -44,6 +45,12 @@ class StandIn:
 @pytest.fixture
 def made_report() -> Callable[..., Report]:
     return _report
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Relative run folders land in a temporary one."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture

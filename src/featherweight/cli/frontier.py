@@ -35,16 +35,16 @@ def command(model: Path, data: str, *, points: int, out: Path, **asked: Any) -> 
     featherweight frontier lite0.onnx --data images/ --points 8 -o run
     """
     from featherweight.pipeline import frontier
-    from featherweight.report import html, json
+    from featherweight.report import files
+    from featherweight.report.json import to_json
 
     with progress() as shown:
         report = frontier(model, data, out=out, points=points, progress=shown, **options.search_arguments(asked))
-    json.write(report, out / "frontier.json")
-    html.write(report, out / "frontier.html", title=f"{model.name}, size against drop")
+    files.write(report, out, name="frontier", title=f"{model.name}, size against drop")
 
     def parts() -> list[Any]:
         from featherweight.report.front import front_parts
 
         return [*front_parts(report), *written_parts(out, ("frontier.html", "frontier.json"))]
 
-    return Output(lambda: json.to_json(report), parts, MET if report.front else NOT_MET)
+    return Output(lambda: to_json(report), parts, MET if report.front else NOT_MET)
