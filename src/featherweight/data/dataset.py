@@ -123,13 +123,15 @@ class Source(Protocol):
 class Dataset:
     """A re-iterable stream of batches. Picklable: holds the recipe, not the arrays.
 
-    `groups` are the atoms of each batch, `batch_size` how many atoms a batch gets when batches are made anew,
-    `notes` what was assumed or converted.
+    `groups` are the atoms of each batch, `batch_size` how many atoms a batch gets when batches are made anew, `fixed`
+    that they never are (the model takes exactly so many rows, which may be steps of one sequence), `notes` what was
+    assumed or converted.
     """
 
     origin: Source
     groups: tuple[tuple[int, ...], ...]
     batch_size: int = 1
+    fixed: bool = False
     dtypes: tuple[tuple[str, np.dtype[np.generic]], ...] = ()
     notes: tuple[Note, ...] = field(default=(), compare=False)
 
@@ -182,8 +184,15 @@ class Dataset:
         """The dataset of these batches (positions in this one), in the order given."""
         return dataclasses.replace(self, groups=tuple(self.groups[i] for i in batches))
 
-    def of_atoms(self, atoms: Sequence[int]) -> Dataset:
-        """The dataset of these atoms of the source, put into batches of `batch_size` anew."""
+    def units(self) -> list[tuple[int, ...]]:
+        """What a split may deal out: single atoms, or whole batches if they are fixed."""
+        return list(self.groups) if self.fixed else [(a,) for a in self.atoms()]
+
+    def of_units(self, units: Sequence[tuple[int, ...]]) -> Dataset:
+        """The dataset of these units, put into batches of `batch_size` anew unless batches are fixed."""
+        if self.fixed:
+            return dataclasses.replace(self, groups=tuple(units))
+        atoms = [a for unit in units for a in unit]
         return dataclasses.replace(self, groups=grouped(atoms, self.batch_size if self.origin.stackable else 1))
 
     def atoms(self) -> list[int]:

@@ -20,7 +20,7 @@ from featherweight.core import Note
 from featherweight.data import spool
 from featherweight.data.dataset import Array, Batch, Dataset, Feeds, InputSpec, conform, grouped
 from featherweight.data.npz import LABEL_NAMES, match_names, wanted_types
-from featherweight.errors import DataError
+from featherweight.errors import DataError, OutputError
 
 MAX_BATCHES = 10_000
 MAX_BYTES = 8 << 30
@@ -75,17 +75,17 @@ def open_feeds(
     items = source() if callable(source) else source
     if not isinstance(items, Iterable):
         raise DataError(f"{where} must give batches one after another, but gave {type(items).__name__}")
+    # The user's batches stay whole: their first axis may be anything, steps of a sequence for instance.
     origin = spool.write(
-        _batches(items, inputs, where, max_batches, notes), place / "feeds", where=where, max_bytes=max_bytes
+        _batches(items, inputs, where, max_batches, notes),
+        place / "feeds",
+        where=where,
+        pad_free=False,
+        max_bytes=max_bytes,
     )
-    fixed = next((i.rows for i in inputs if i.rows is not None), None)
-    size = origin.counts[0] if origin.stackable else 1
-    # Rows may be dealt anew only if the model takes any number of them, or always the number that was given.
-    if origin.stackable and ((fixed is not None and fixed != size) or len(set(origin.counts)) > 1):
-        size = fixed or max(origin.counts)
-    n = len(origin.sizes())
-    groups = grouped(range(n), size if origin.stackable else 1)
-    return Dataset(origin, groups, size, tuple((i.name, i.dtype) for i in inputs), tuple(dict.fromkeys(notes)))
+    groups = grouped(range(len(origin.counts)), 1)
+    dtypes = tuple((i.name, i.dtype) for i in inputs)
+    return Dataset(origin, groups, 1, False, dtypes, tuple(dict.fromkeys(notes)))
 
 
 def _batches(
@@ -143,9 +143,12 @@ def _array(value: Any, here: str) -> Array:
 def from_mapping(arrays: Mapping[str, Any], folder: Path) -> Path:
     """Write arrays in memory to an `.npz` in `folder`, so that a child process can read them; its path."""
     checked = {name: _array(value, f"array {name!r}") for name, value in arrays.items()}
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "arrays.npz"
-    np.savez(path, **checked)  # type: ignore[arg-type]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        np.savez(path, **checked)  # type: ignore[arg-type]
+    except OSError as e:
+        raise OutputError(f"data cannot be written to {folder} ({e.strerror or e}); give another spool folder") from e
     return path
 
 

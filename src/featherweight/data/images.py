@@ -230,7 +230,14 @@ def open_images(
     size = inputs[0].rows or batch_size
     origin = ImageFolder(str(folder), tuple(files), inputs[0].name, recipe, classes, tags)
     groups = tagged_groups(len(files), tags, size, full=inputs[0].rows is not None, where=str(path), notes=notes)
-    return Dataset(origin, groups, size, ((inputs[0].name, inputs[0].dtype),), tuple(notes))
+    return Dataset(
+        origin,
+        groups,
+        size,
+        size > 1 and inputs[0].rows is not None,
+        ((inputs[0].name, inputs[0].dtype),),
+        tuple(notes),
+    )
 
 
 def tagged_groups(

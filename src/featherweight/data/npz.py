@@ -210,7 +210,7 @@ def _stacked(
         )
     dtypes = wanted_types([(name, m.dtype, "") for name, m in columns], inputs, str(path), notes)
     origin = StackedNpz(str(path), columns, label, whole_rows)
-    return Dataset(origin, groups, size, dtypes, tuple(notes))
+    return Dataset(origin, groups, size, bool(fixed) and size > 1, dtypes, tuple(notes))
 
 
 def _whole_rows(path: Path, columns: tuple[tuple[str, Member], ...], inputs: Sequence[InputSpec]) -> bool:
@@ -257,7 +257,7 @@ def _keyed(
     if batch_size != 1:
         notes.append(Note(str(path), "batches are taken as they are keyed; the batch size asked for is not used"))
     origin = KeyedNpz(str(path), tuple(keys), tuple(feeds), tuple(m for m in labelled.values() if m is not None))
-    return Dataset(origin, grouped(range(len(keys)), 1), 1, dtypes, tuple(notes))
+    return Dataset(origin, grouped(range(len(keys)), 1), 1, False, dtypes, tuple(notes))
 
 
 def match_names(found: Iterable[str], inputs: Sequence[InputSpec], where: str) -> tuple[dict[str, str], list[Note]]:

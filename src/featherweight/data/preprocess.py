@@ -222,15 +222,8 @@ def resolve(spec: str | Path | Preprocess | None, model_input: InputSpec) -> tup
     layout = recipe.layout if recipe and recipe.layout != "auto" else _layout(model_input, shape, notes)
     channels = shape[1] if layout == "nchw" else shape[3]
     sides = shape[2:4] if layout == "nchw" else shape[1:3]
-    if recipe is None:
-        recipe = _guess(model_input, channels)
-        notes.append(
-            Note(
-                model_input.name,
-                f"no preprocess was given; assumed {recipe} (a wrong guess costs accuracy: state how "
-                "the model was trained)",
-            )
-        )
+    guessed = recipe is None
+    recipe = recipe or _guess(model_input, channels)
     if recipe.order != "gray" and channels == 1:
         recipe = replace(recipe, order="gray")
     if isinstance(channels, int) and channels != (1 if recipe.order == "gray" else 3):
@@ -247,7 +240,11 @@ def resolve(spec: str | Path | Preprocess | None, model_input: InputSpec) -> tup
         raise DataError(f"a one-channel input needs one mean and one std, but got {recipe.mean} and {recipe.std}")
     crop = _crop(recipe, model_input, sides, notes)
     resize = _resize(recipe.resize, crop)
-    return replace(recipe, layout=layout, crop=crop, resize=resize, dtype=dtype.name), notes
+    final = replace(recipe, layout=layout, crop=crop, resize=resize, dtype=dtype.name)
+    if guessed:
+        text = f"no preprocess was given; assumed {final} (a wrong guess costs accuracy: say how the model was trained)"
+        notes.append(Note(model_input.name, text))
+    return final, notes
 
 
 def _layout(model_input: InputSpec, shape: Sequence[object], notes: list[Note]) -> str:

@@ -21,6 +21,7 @@ from featherweight.core import Note
 from featherweight.data.dataset import Array, Dataset
 from featherweight.errors import DataError
 
+Unit = tuple[int, ...]
 CALIBRATION, VALIDATION, HOLDOUT = "calibration", "validation", "holdout"
 _WORDS = {
     CALIBRATION: ("calibration", "calib", "train", "training"),
@@ -76,7 +77,7 @@ def split(
     if max_calibration is not None and max_calibration < 1:
         raise DataError(f"max_calibration must be >= 1, but got {max_calibration}")
     for part in (dataset, evaluation):
-        if part is not None and not part.atoms():
+        if part is not None and not part.groups:
             raise DataError(
                 f"{'calibration' if part is dataset else 'evaluation'} data is empty: {part.source} "
                 "holds no batch; give at least one"
@@ -102,7 +103,7 @@ def split(
 
 def _tags(dataset: Dataset) -> list[str] | None:
     tags = dataset.origin.tags
-    return None if tags is None else [tags[a] for a in dataset.atoms()]
+    return None if tags is None else [tags[unit[0]] for unit in dataset.units()]
 
 
 def _by_fractions(
@@ -113,20 +114,20 @@ def _by_fractions(
     rng: np.random.Generator,
     notes: list[Note],
 ) -> Splits:
-    atoms = dataset.atoms()
-    n = len(atoms)
+    units = dataset.units()
+    n = len(units)
     if n < 3:
-        return _tiny(dataset, atoms, notes)
+        return _tiny(dataset, units, notes)
     n_cal = min(max(1, round(n * calibration)), limit or n, n - 2)
     n_val = min(max(1, round(n * validation)), n - n_cal - 1)
-    parts = _deal(dataset, atoms, [n_cal, n_val, n - n_cal - n_val], rng)
-    own, val, hold = (dataset.of_atoms(p) for p in parts)
+    parts = _deal(dataset, units, [n_cal, n_val, n - n_cal - n_val], rng)
+    own, val, hold = (dataset.of_units(p) for p in parts)
     return Splits(own, val, hold, tuple(notes))
 
 
-def _tiny(dataset: Dataset, atoms: list[int], notes: list[Note]) -> Splits:
-    first, last = dataset.of_atoms(atoms[:1]), dataset.of_atoms(atoms[-1:])
-    if len(atoms) == 1:
+def _tiny(dataset: Dataset, units: list[Unit], notes: list[Note]) -> Splits:
+    first, last = dataset.of_units(units[:1]), dataset.of_units(units[-1:])
+    if len(units) == 1:
         text = "only one batch: all three parts are the same data and nothing is proved on unseen data; give at least 3"
     else:
         text = "only two batches: calibration and validation are the same one; give at least 3"
@@ -136,9 +137,9 @@ def _tiny(dataset: Dataset, atoms: list[int], notes: list[Note]) -> Splits:
 def _by_tags(
     dataset: Dataset, tags: Sequence[str], share: float, limit: int | None, rng: np.random.Generator
 ) -> Splits:
-    atoms = dataset.atoms()
+    units = dataset.units()
     of = {
-        part: [a for a, t in zip(atoms, tags, strict=True) if t == part] for part in (CALIBRATION, VALIDATION, HOLDOUT)
+        part: [u for u, t in zip(units, tags, strict=True) if t == part] for part in (CALIBRATION, VALIDATION, HOLDOUT)
     }
     notes = []
     unused = sum(t == "" for t in tags)
@@ -153,21 +154,21 @@ def _by_tags(
         own, val = _deal(dataset, own, [n_cal, len(own) - n_cal], rng)
     elif limit is not None and len(own) > limit:
         own = _deal(dataset, own, [limit, len(own) - limit], rng)[0]
-    return Splits(dataset.of_atoms(own), dataset.of_atoms(val), dataset.of_atoms(of[HOLDOUT]), tuple(notes))
+    return Splits(dataset.of_units(own), dataset.of_units(val), dataset.of_units(of[HOLDOUT]), tuple(notes))
 
 
 def _two_sources(
     dataset: Dataset, evaluation: Dataset, share: float, limit: int | None, rng: np.random.Generator
 ) -> Splits:
-    own, atoms = dataset.atoms(), evaluation.atoms()
+    own, units = dataset.units(), evaluation.units()
     if limit is not None and len(own) > limit:
         own = _deal(dataset, own, [limit, len(own) - limit], rng)[0]
     notes = []
     tags = _tags(evaluation) or []
     if VALIDATION in tags and HOLDOUT in tags:
-        val, hold = ([a for a, t in zip(atoms, tags, strict=True) if t == part] for part in (VALIDATION, HOLDOUT))
-    elif len(atoms) == 1:
-        val = hold = atoms
+        val, hold = ([u for u, t in zip(units, tags, strict=True) if t == part] for part in (VALIDATION, HOLDOUT))
+    elif len(units) == 1:
+        val = hold = units
         notes.append(
             Note(
                 evaluation.source,
@@ -175,25 +176,25 @@ def _two_sources(
             )
         )
     else:
-        n_val = min(max(1, round(len(atoms) * share)), len(atoms) - 1)
-        val, hold = _deal(evaluation, atoms, [n_val, len(atoms) - n_val], rng)
-    return Splits(dataset.of_atoms(own), evaluation.of_atoms(val), evaluation.of_atoms(hold), tuple(notes))
+        n_val = min(max(1, round(len(units) * share)), len(units) - 1)
+        val, hold = _deal(evaluation, units, [n_val, len(units) - n_val], rng)
+    return Splits(dataset.of_units(own), evaluation.of_units(val), evaluation.of_units(hold), tuple(notes))
 
 
-def _deal(dataset: Dataset, atoms: Sequence[int], counts: Sequence[int], rng: np.random.Generator) -> list[list[int]]:
+def _deal(dataset: Dataset, units: Sequence[Unit], counts: Sequence[int], rng: np.random.Generator) -> list[list[Unit]]:
     """Deal atoms into parts of exactly these sizes, evenly along their labels; each part ascends.
 
     Walks the atoms ordered by label and gives each to the part that is furthest behind its share, so that
     every run of
     like labels is divided in proportion.
     """
-    order = _order(_keys(dataset, atoms), len(atoms), rng)
-    n, left = len(atoms), list(counts)
-    parts: list[list[int]] = [[] for _ in counts]
+    order = _order(_keys(dataset, units), len(units), rng)
+    n, left = len(units), list(counts)
+    parts: list[list[Unit]] = [[] for _ in counts]
     for step, i in enumerate(order, start=1):
         behind = [c * step / n - len(p) if room else -np.inf for c, p, room in zip(counts, parts, left, strict=True)]
         to = int(np.argmax(behind))
-        parts[to].append(atoms[i])
+        parts[to].append(units[i])
         left[to] -= 1
     return [sorted(p) for p in parts]
 
@@ -209,9 +210,10 @@ def _order(keys: npt.NDArray[np.generic] | None, n: int, rng: np.random.Generato
     return shuffled[np.argsort(ranks[shuffled], kind="stable")]
 
 
-def _keys(dataset: Dataset, atoms: Sequence[int]) -> Array | None:
-    """One label an atom, or None where there are none or atoms hold several samples."""
-    if not dataset.has_labels or bool(np.any(dataset.origin.sizes()[list(atoms)] != 1)):
+def _keys(dataset: Dataset, units: Sequence[Unit]) -> Array | None:
+    """One label a unit, or None where there are none or units hold several samples."""
+    atoms = [a for unit in units for a in unit]
+    if not dataset.has_labels or len(atoms) > len(units) or bool(np.any(dataset.origin.sizes()[atoms] != 1)):
         return None
     labels = dataset.origin.labels(atoms)
-    return labels if labels is not None and labels.ndim == 1 and len(labels) == len(atoms) else None
+    return labels if labels is not None and labels.ndim == 1 else None

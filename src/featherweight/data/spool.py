@@ -8,6 +8,7 @@ place and renamed when complete; a failure leaves nothing behind.
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -258,11 +259,10 @@ def spool(
         max_bytes=max_bytes,
     )
     tags = _tags(dataset, origin)
-    origin = replace(origin, tags=tags)
-    size = dataset.batch_size if origin.stackable else 1
+    origin = dataclasses.replace(origin, tags=tags)
     n = len(origin.sizes())
     groups = _groups(origin) if origin.stackable else grouped(range(n), 1)
-    return Dataset(origin, groups, size, dataset.dtypes, dataset.notes)
+    return dataclasses.replace(dataset, origin=origin, groups=groups, fixed=dataset.fixed and origin.stackable)
 
 
 def _groups(origin: Spooled) -> tuple[tuple[int, ...], ...]:
