@@ -1,6 +1,6 @@
-"""Run one other tool on one model: `python peer.py TOOL MODEL_NAME MODEL CALIBRATION_FOLDER OUTPUT`.
+"""Run one other tool on one model: `python -m benchmarks.peer TOOL NAME MODEL FOLDER OUTPUT`.
 
-A script, not a module of the package: it runs in the tool's own environment, where featherweight is not installed.
+It runs in the tool's own environment, where featherweight is not installed. FOLDER: prepared calibration data.
 """
 
 from __future__ import annotations

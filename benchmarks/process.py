@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,14 +22,12 @@ class Cost:
     error: str = ""
 
 
-def run(command: Sequence[str], *, cwd: Path, log: Path, limit_s: float, env: Mapping[str, str] | None = None) -> Cost:
+def run(command: Sequence[str], *, cwd: Path, log: Path, limit_s: float) -> Cost:
     """Run to the end, its output in `log`; a failure or the time limit is told in `Cost.error`."""
     started = time.perf_counter()
     peak = 0
     with log.open("wb") as out:
-        child = subprocess.Popen(
-            command, cwd=cwd, env={**os.environ, **(env or {})}, stdout=out, stderr=subprocess.STDOUT
-        )
+        child = subprocess.Popen(command, cwd=cwd, stdout=out, stderr=subprocess.STDOUT)
         tree = psutil.Process(child.pid)
         while child.poll() is None:
             peak = max(peak, _resident_bytes(tree))

@@ -1,0 +1,144 @@
+"""Rows of the comparison: kept as JSON with machine and versions, shown as tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.floors import Floors
+from benchmarks.tasks import Task
+
+FOLDER = Path(__file__).parent / "results"
+PAGE = Path(__file__).parent / "RESULTS.md"
+_SHOWN_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm")
+_PACKAGES = ("onnxruntime", "onnx", "numpy", "featherweight")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One file. `wall_s`, `peak_bytes`: what making it cost. `error`: why a number is absent."""
+
+    tool: str
+    size_bytes: int | None = None
+    metric: float | None = None
+    drop: float | None = None
+    p: float | None = None
+    closeness: float | None = None
+    ms: float | None = None
+    speed: float | None = None
+    speed_low: float | None = None
+    speed_high: float | None = None
+    wall_s: float | None = None
+    peak_bytes: int | None = None
+    n: int | None = None
+    error: str = ""
+
+
+def machine() -> dict[str, Any]:
+    """What of this machine the numbers depend on."""
+    from featherweight.runtime.targets import cpu_flags
+
+    flags = [f for f in cpu_flags() if f in _SHOWN_FLAGS]
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "flags": flags,
+        "vnni": any("vnni" in f for f in flags),
+        "versions": {p: version(p) for p in _PACKAGES} | {"python": platform.python_version()},
+    }
+
+
+def load(task: Task) -> dict[str, Row]:
+    """Rows of the last run by tool; empty if there was none."""
+    path = FOLDER / f"{task.name}.json"
+    if not path.exists():
+        return {}
+    return {raw["tool"]: Row(**raw) for raw in json.loads(path.read_text())["rows"]}
+
+
+def save(task: Task, rows: list[Row], floors: Floors) -> Path:
+    """Write a run with its date and machine."""
+    raw = {
+        "task": task.name,
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "floors": dataclasses.asdict(floors),
+    }
+    FOLDER.mkdir(exist_ok=True)
+    path = FOLDER / f"{task.name}.json"
+    path.write_text(json.dumps(raw, indent=1) + "\n")
+    return path
+
+
+def table(task: Task, raw: dict[str, Any]) -> str:
+    """A saved run as Markdown: its rows, then its floors."""
+    lines = [
+        f"| {task.title} | MB | {task.metric} | drop (p) | {task.closeness} to float | speed | made in s | peak MB |",
+        f"|{' --- |' * 8}",
+        *(_line(Row(**row)) for row in raw["rows"]),
+    ]
+    return "\n".join(lines) + "\n\n" + _floors_text(raw)
+
+
+def _line(row: Row) -> str:
+    if row.size_bytes is None:
+        return f"| {row.tool} | {row.error} | | | | | {_seconds(row)} | {_peak(row)} |"
+    shown = [
+        row.tool,
+        f"{row.size_bytes / 1e6:.2f}",
+        "-" if row.metric is None else f"{row.metric:.4f}",
+        "-" if row.drop is None or row.tool == "float" else f"{row.drop:+.4f} ({row.p:.2g})",
+        "-" if row.closeness is None else f"{row.closeness:.4f}",
+        "-" if row.speed is None else f"{row.speed:.2f}x ({row.speed_low:.2f} to {row.speed_high:.2f})",
+        _seconds(row),
+        _peak(row),
+    ]
+    return f"| {' | '.join(shown)} |" + (f" {row.error}" if row.error else "")
+
+
+def _seconds(row: Row) -> str:
+    return "-" if row.wall_s is None else f"{row.wall_s:.1f}"
+
+
+def _peak(row: Row) -> str:
+    return "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}"
+
+
+def _floors_text(raw: dict[str, Any]) -> str:
+    f = Floors(**{**raw["floors"], "bytes_at": {int(k): v for k, v in raw["floors"]["bytes_at"].items()}})
+    widths = ", ".join(f"{bits} bit {n / 1e6:.2f}" for bits, n in f.bytes_at.items())
+    return (
+        f"Floors: weights alone in MB at {widths}. One call is {f.macs / 1e6:.0f} million MACs: {f.float_ms:.2f} ms at "
+        f"the measured float peak ({f.float_rate / 1e9:.0f} GMAC/s), {f.int8_ms:.2f} ms at the int8 peak "
+        f"({f.int8_rate / 1e9:.0f} GMAC/s).\n"
+    )
+
+
+def page(tasks: tuple[Task, ...]) -> str:
+    """RESULTS.md from the saved runs."""
+    parts = [
+        "# Results\n\n"
+        "Made by `make bench`; benchmarks/README.md says how each number is measured. p: two-sided, paired with the "
+        "float original on the same samples.\nSpeed: float's time over this file's, one thread, interleaved, with "
+        "quartiles. Made in s, peak MB: wall time and resident memory of the whole process tree.\n"
+    ]
+    for task in tasks:
+        path = FOLDER / f"{task.name}.json"
+        if path.exists():
+            raw = json.loads(path.read_text())
+            m = raw["machine"]
+            where = (
+                f"{raw['date']}, {m['system']}, {m['cores']} cores ({', '.join(m['flags'])}; "
+                f"VNNI: {'yes' if m['vnni'] else 'no'}), ONNX Runtime {m['versions']['onnxruntime']}"
+            )
+            parts.append(f"## {task.title}\n\n{where}.\n\n{table(task, raw)}")
+    return "\n".join(parts)
