@@ -58,7 +58,7 @@ class Journal:
             )
 
     def phase(self, name: str, compute: Callable[[], Any]) -> Any:
-        """Result of a named step: read back if it finished before, else computed and recorded. JSON-able values only."""
+        """Result of a named step, JSON-able: read back if it finished before, else computed and recorded."""
         row = self._db.execute("SELECT value FROM phases WHERE key=?", (name,)).fetchone()
         if row is not None:
             return json.loads(row[0])

@@ -236,7 +236,10 @@ def _least_drop(state: State, enough: Callable[[Attempt], bool] | None) -> None:
     two whose drops cannot be told apart the faster is kept.
     """
     base = state.base
-    views = [objective_weights("drop", base), {"loss": 1 / LOSS_UNIT, "size_bytes": 1e-3 / base.size_bytes}]
+    views: list[dict[Dimension, float]] = [
+        objective_weights("drop", base),
+        {"loss": 1 / LOSS_UNIT, "size_bytes": 1e-3 / base.size_bytes},
+    ]
     found: list[Attempt] = []
     for weights in views:
         for _ in range(4):

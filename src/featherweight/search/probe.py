@@ -37,7 +37,8 @@ def perturbed(matrix: np.ndarray, bits: int = PROBE_BITS) -> np.ndarray:
     top = 2 ** (bits - 1) - 1
     scale = np.abs(matrix).max(axis=-1, keepdims=True) / top
     scale[scale == 0] = 1
-    return (np.round(matrix / scale) * scale).astype(np.float32)
+    rounded: np.ndarray = (np.round(matrix / scale) * scale).astype(np.float32)
+    return rounded
 
 
 def relative_noise(

@@ -81,7 +81,7 @@ def open_problem(request: Request, out: Path, worker: Worker, progress: Progress
     profile = _profile(request)
     inputs = input_specs(model)
     work = out / "work"
-    sources = _open_sources(request, inputs, work)
+    sources = _open_sources(request, inputs)
     out.mkdir(parents=True, exist_ok=True)
     journal = Journal(out / "journal.sqlite", request.asked(sha), resume=resume)
     shutil.rmtree(work, ignore_errors=True)
@@ -165,9 +165,7 @@ def _profile(request: Request) -> Profile:
     return targets.load_profile(request.profile)
 
 
-def _open_sources(
-    request: Request, inputs: Sequence[fwdata.InputSpec], work: Path
-) -> tuple[fwdata.Dataset, fwdata.Dataset | None]:
+def _open_sources(request: Request, inputs: Sequence[fwdata.InputSpec]) -> tuple[fwdata.Dataset, fwdata.Dataset | None]:
     """The user's data, and a second source where calibration data were given apart."""
 
     def opened(source: Any) -> fwdata.Dataset:
@@ -217,7 +215,9 @@ def _runnable(
         worker.call(ort.run_model, str(original), [dict(f) for f in feeds[:1]], doing="running the original")
     except RunError as e:
         worker.call(ort.run_model, str(normalised), [dict(f) for f in feeds[:1]], doing="running the repaired original")
-        notes.append(Note(original.name, f"the runtime refuses this file as it is ({e}); its repaired form is measured"))
+        notes.append(
+            Note(original.name, f"the runtime refuses this file as it is ({e}); its repaired form is measured")
+        )
         return normalised
     return original
 

@@ -1,0 +1,147 @@
+"""The whole flow on one screen: a model and a budget go in, the best model and its proof come out.
+
+Each public function opens the problem, asks the search, and lets the result be measured on data the search never
+saw. Sizes, times and fractions may be numbers or text such as "25%", "8ms", "1%".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from featherweight.core import Progress, Report, Silent
+from featherweight.errors import OutputError
+from featherweight.runtime.sandbox import Worker
+from featherweight.search import finish
+from featherweight.search.baseline import already_fits, measure_baseline
+from featherweight.search.comparing import Comparison, compare
+from featherweight.search.problem import Problem, open_problem
+from featherweight.search.replay import apply
+from featherweight.search.request import Request
+from featherweight.search.rounds import fit, fronts, plain_int8
+
+__all__ = ["Comparison", "apply", "compare", "compress", "decide", "frontier"]
+
+
+def compress(
+    model: str | Path,
+    data: Any,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    save_anyway: bool = False,
+    progress: Progress | None = None,
+    **asked: Any,
+) -> Report:
+    """Find the best compressed model within the limits and prove it on unseen data.
+
+    Args:
+        model: ONNX file; it is never changed.
+        data: npz, image folder, text table, `module:function`, callable or mapping of arrays.
+        out: run folder for `model.onnx`, `plan.json`, `report.json`; None: a temporary one (see report.facts["out"]).
+        resume: go on with an interrupted run in `out`.
+        save_anyway: write the nearest model even where the budget is not met.
+        progress: where long work reports itself.
+        **asked: the fields of `Request`: max_size, max_latency, max_peak_memory, max_drop, minimize, metric,
+            techniques, keep_float, calibration, preprocess, tokenizer, batch_size, profile, threads, seed,
+            time_budget, max_candidates.
+
+    Returns:
+        A Report; `report.ok` says whether the budget is met. With no limit and no objective the goal is a plain
+        8-bit model within one point of the metric.
+
+    Raises:
+        FeatherweightError: of the kind that names what is wrong with the model, the data or the request.
+    """
+    with _opened(_request(model, data, out, asked), resume, progress) as problem:
+        return _solve(problem, save_anyway=save_anyway, first_is_enough=False)
+
+
+def decide(
+    model: str | Path,
+    data: Any,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    save_anyway: bool = False,
+    progress: Progress | None = None,
+    **asked: Any,
+) -> Report:
+    """Answer whether a compressed model within the limits exists: `yes` with it, `no, proved`, or `not found`.
+
+    Arguments as in `compress`; the search ends at the first model within the limits.
+    """
+    with _opened(_request(model, data, out, asked), resume, progress) as problem:
+        return _solve(problem, save_anyway=save_anyway, first_is_enough=True)
+
+
+def frontier(
+    model: str | Path,
+    data: Any,
+    *,
+    out: str | Path | None = None,
+    points: int = 8,
+    resume: bool = False,
+    progress: Progress | None = None,
+    **asked: Any,
+) -> Report:
+    """Measure the trade-off between size and drop at `points` sizes; `report.front` holds what nothing beats."""
+    with _opened(_request(model, data, out, asked), resume, progress) as problem:
+        known = measure_baseline(problem)
+        return _write(problem, finish.finish_front(problem, known, fronts(problem, known, points)))
+
+
+def _request(model: str | Path, data: Any, out: str | Path | None, asked: dict[str, Any]) -> Request:
+    unknown = sorted(asked.keys() - {f.name for f in dataclasses.fields(Request)})
+    if unknown:
+        raise TypeError(
+            f"unknown argument {unknown[0]!r}; known: {', '.join(f.name for f in dataclasses.fields(Request))}"
+        )
+    for name in ("techniques", "keep_float"):
+        if asked.get(name) is not None:
+            asked[name] = (asked[name],) if isinstance(asked[name], str) else tuple(asked[name])
+    return Request(
+        Path(model), data, None if out is None else Path(out), **{k: v for k, v in asked.items() if v is not None}
+    )
+
+
+@contextlib.contextmanager
+def _opened(request: Request, resume: bool, progress: Progress | None) -> Iterator[Problem]:
+    """The problem, opened in its run folder; the child process and the journal are closed at the end."""
+    out = request.out or Path(tempfile.mkdtemp(prefix="featherweight-"))
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"the run folder {out} is a file; name a folder")
+    with Worker() as worker:
+        problem = open_problem(request, out, worker, progress or Silent(), resume=resume)
+        try:
+            yield problem
+        finally:
+            problem.journal.close()
+
+
+def _solve(problem: Problem, *, save_anyway: bool, first_is_enough: bool) -> Report:
+    """Bounds, search, verification: the three answers of the decision problem."""
+    known = measure_baseline(problem)
+    if already_fits(problem, known):
+        return _write(problem, finish.finish_untouched(problem, known))
+    search = plain_int8 if problem.request.goal == "plain-int8" else fit
+    found = search(problem, known, first_is_enough=first_is_enough)
+    if found.refusal is not None:
+        return _write(problem, finish.finish_refused(problem, known, found.refusal))
+    report = _write(problem, finish.finish(problem, known, found, save_anyway=save_anyway))
+    if found.interrupted:
+        raise KeyboardInterrupt
+    return report
+
+
+def _write(problem: Problem, report: Report) -> Report:
+    """Put report.json and report.html beside the model."""
+    from featherweight.report import files
+
+    out = problem.work.parent
+    files.write(report, out)
+    return report

@@ -1,0 +1,113 @@
+"""The original, measured on validation data: what every candidate is compared with."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+from featherweight.core import Measurement
+from featherweight.graph import io
+from featherweight.runtime import evaluate as ev
+from featherweight.runtime import measure, metrics, ort
+from featherweight.search.effects import modelled_latency_ms
+from featherweight.search.loop import Base
+from featherweight.search.problem import Problem, first_feeds
+
+LATENCY_FEEDS = 4
+QUICK_LATENCY_S = 4.0
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The metric and why it was chosen, the original's scores on validation data, and what it costs."""
+
+    metric: metrics.Metric
+    why: str
+    validation: ev.Evaluation
+    measurement: Measurement
+
+
+def measure_baseline(problem: Problem) -> Baseline:
+    """Choose the metric and measure the original on validation data; its outputs are kept for paired comparison."""
+    problem.progress.start("measuring the original", problem.splits.validation.n_batches)
+    metric, why = _metric(problem)
+    evaluation = ev.evaluate(
+        problem.runnable,
+        problem.splits.validation,
+        metric,
+        record_to=problem.work / "reference",
+        worker=problem.worker,
+        threads=problem.profile.threads,
+        progress=lambda _done, _total: problem.progress.advance(),
+    )
+    costs = problem.journal.phase("baseline", lambda: _baseline_costs(problem))
+    value = metric.perfect if metric.perfect is not None else evaluation.value
+    measured = Measurement(
+        size_bytes=problem.original_bytes,
+        metric_name=metric.name,
+        metric=value,
+        drop=0.0,
+        n_samples=evaluation.n_samples,
+        latency_ratio=1.0,
+        runtime=ort.VERSION,
+        host=platform.node(),
+        seed=problem.request.seed,
+        **costs,
+    )
+    problem.facts["metric"] = f"{metric.name}: {why}"
+    return Baseline(metric, why, evaluation, measured)
+
+
+def _metric(problem: Problem) -> tuple[metrics.Metric, str]:
+    """The metric asked for, or the one that fits data and outputs; the reason in words."""
+    asked = problem.request.metric
+    if asked is not None:
+        return metrics.get(str(asked)), "as asked"
+    batch = next(iter(problem.splits.validation.batches()))
+    outputs = problem.worker.call(ort.run_model, str(problem.runnable), [batch.feeds], doing="choosing a metric")[0]
+    return metrics.choose(
+        outputs,
+        feeds=batch.feeds,
+        labels=batch.labels,
+        rows_per_sample=problem.splits.validation.rows_per_sample,
+        n=batch.n,
+    )
+
+
+def _baseline_costs(problem: Problem) -> dict[str, Any]:
+    """Latency, peak memory and load time of the original."""
+    feeds = first_feeds(problem.splits.validation, LATENCY_FEEDS)
+    alone = measure.latency(
+        problem.runnable, problem.runnable, feeds, threads=problem.request.threads, time_limit_s=QUICK_LATENCY_S
+    )
+    memory = measure.memory(problem.runnable, feeds[0])
+    return {
+        "latency_ms": alone.original_ms,
+        "p95_ms": alone.original_p95_ms,
+        "peak_bytes": memory.peak_bytes,
+        "load_ms": memory.load_ms,
+    }
+
+
+def base(problem: Problem, known: Baseline) -> Base:
+    """What predicted effects are relative to: the normalised file, and the original's measured costs."""
+    size = io.size_bytes(problem.model_path)
+    return Base(size, _modelled_ms(problem), known.measurement.peak_bytes or 1)
+
+
+def _modelled_ms(problem: Problem) -> float:
+    return max(modelled_latency_ms(sum(v or 0 for v in problem.facts.get("macs", {}).values())), 1e-6)
+
+
+def already_fits(problem: Problem, known: Baseline) -> bool:
+    """True if the original is within resource limits and the user asked for nothing more."""
+    asked = problem.request
+    return asked.goal == "fit" and not problem.budget.violations(known.measurement)
+
+
+def interface(problem: Problem) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Shape and bytes an element of each input and output at the data's shapes."""
+    feeds = first_feeds(problem.splits.validation, 1)
+    outputs = problem.worker.call(ort.run_model, str(problem.runnable), feeds, doing="reading output shapes")[0]
+    return {n: (tuple(a.shape), a.dtype.itemsize) for n, a in {**feeds[0], **outputs}.items() if a.dtype != object}

@@ -1,0 +1,139 @@
+"""From what was found to a Report: verified on the holdout, written whole, with one outcome word."""
+
+from __future__ import annotations
+
+import shutil
+import time
+
+from featherweight.core import Answer, Measurement, Plan, Report
+from featherweight.graph import io
+from featherweight.runtime import significance
+from featherweight.search import layers, loop, replay
+from featherweight.search.baseline import Baseline
+from featherweight.search.measured import build_and_save, on_holdout
+from featherweight.search.problem import Problem
+from featherweight.search.rounds import Found
+
+
+def finish(problem: Problem, known: Baseline, found: Found, *, save_anyway: bool) -> Report:
+    """Build the best candidate (or the nearest), verify it on the holdout, write model and plan, report."""
+    chosen = found.best or loop.nearest(problem.budget, found.attempts)
+    if chosen is None or chosen.measured is None:
+        errors = "; ".join(a.error for a in found.attempts if a.error)
+        reason = f"no candidate could be measured: {errors or found.stop_reason}"
+        return _untouched(problem, known, "not found", "not met", reason, found)
+    path = problem.work / "candidate.onnx"
+    build_and_save(problem, found.ground.ctx, chosen.plan, path)
+    if io.size_bytes(path) >= problem.original_bytes and problem.budget.minimize in ("size", "drop"):
+        return _nothing_pays(problem, known, found)
+    if found.interrupted:
+        original, result, drop = known.measurement, chosen.measured, None
+        problem.note("holdout", "stopped before the result was verified on unseen data; figures are of validation data")
+    else:
+        original, result, drop = on_holdout(problem, known, path)
+    if problem.request.goal == "plain-int8" and not found.interrupted and _gains_nothing(result, problem):
+        return _nothing_pays(problem, known, found)
+    broken = problem.budget.violations(result)
+    _say_what_is_uncertain(problem, drop)
+    answer: Answer = "not found" if broken or found.best is None else "yes"
+    outcome, reason = _outcome(found, broken)
+    plan = replay.sealed(problem, chosen.plan)
+    if answer == "yes" or save_anyway:
+        replay.write(problem, found.ground.ctx, plan, path)
+    return _report(problem, answer, outcome, reason, plan, original, result, found)
+
+
+def _gains_nothing(result: Measurement, problem: Problem) -> bool:
+    """True if an 8-bit model is neither smaller nor faster than the original."""
+    return result.size_bytes >= problem.original_bytes and (result.latency_ratio or 1.0) >= 1.0
+
+
+def _outcome(found: Found, broken: list[str]) -> tuple[str, str]:
+    if not broken and found.best is not None:
+        return "met", f"every limit holds on unseen data; {found.stop_reason}"
+    if found.best is not None:
+        return "not met", f"within the limits on validation data, but on unseen data {'; '.join(broken)}"
+    return (
+        "not met",
+        f"not found within {len(found.attempts)} candidates; the nearest misses: {'; '.join(broken) or found.stop_reason}",
+    )
+
+
+def _say_what_is_uncertain(problem: Problem, drop: significance.Drop | None) -> None:
+    limit = problem.budget.max_drop
+    if drop is None or limit is None or drop.verdict(limit) != "undecided":
+        return
+    needed = significance.samples_needed(drop, limit)
+    more = f"about {needed} samples would settle it" if needed else "more samples are needed"
+    problem.note(
+        "holdout", f"{drop.n_samples} unseen samples leave open on which side of the limit the drop is; {more}"
+    )
+
+
+def finish_untouched(problem: Problem, known: Baseline) -> Report:
+    """The original is already within the budget: it is the answer, byte for byte."""
+    return _untouched(
+        problem, known, "yes", "already fits", "the original is already within every limit; it is kept as it is", None
+    )
+
+
+def _nothing_pays(problem: Problem, known: Baseline, found: Found) -> Report:
+    m = known.measurement
+    met = not problem.budget.violations(m)
+    reason = "nothing pays: no plan makes this model smaller or faster within the limits; the original is kept"
+    return _untouched(problem, known, "yes" if met else "not found", "nothing pays", reason, found)
+
+
+def finish_refused(problem: Problem, known: Baseline, refusal: str) -> Report:
+    """A bound proves that no plan meets the limits."""
+    return _untouched(problem, known, "no, proved", "proved impossible", refusal, None)
+
+
+def _untouched(
+    problem: Problem, known: Baseline, answer: Answer, outcome: str, reason: str, found: Found | None
+) -> Report:
+    """A report about the original itself; its file is copied where the answer is yes."""
+    m = known.measurement
+    plan = replay.sealed(problem, Plan(()))
+    if answer == "yes":
+        replay.write_original(problem, plan)
+    return _report(problem, answer, outcome, reason, plan, m, m, found)
+
+
+def _report(
+    problem: Problem,
+    answer: Answer,
+    outcome: str,
+    reason: str,
+    plan: Plan,
+    original: Measurement,
+    result: Measurement,
+    found: Found | None,
+) -> Report:
+    attempts = tuple(found.attempts) if found else ()
+    notes = [
+        *problem.notes,
+        *(found.ground.ctx.notes if found else ()),
+        *(found.ground.effects.refused if found else ()),
+    ]
+    problem.facts["seconds"] = round(time.monotonic() - problem.started, 1)
+    problem.facts["model"] = str(problem.original)
+    problem.facts["target"] = problem.profile.name
+    facts = {k: v for k, v in problem.facts.items() if k != "macs"}
+    report = Report(
+        problem.budget, answer, outcome, reason, plan, original, result, attempts, loop.pareto(list(attempts)),
+        tuple(dict.fromkeys(notes)), layers.rows(problem, plan, found.ground if found else None), facts,
+    )  # fmt: skip
+    shutil.rmtree(problem.work, ignore_errors=True)
+    return report
+
+
+def finish_front(problem: Problem, known: Baseline, found: Found) -> Report:
+    """A report of the measured front; the budget's answer is yes if any point was measured."""
+    front = loop.pareto(found.attempts)
+    best = front[0] if front else None
+    m = known.measurement
+    result = best.measured if best and best.measured else m
+    reason = f"{len(front)} of {len(found.attempts)} measured candidates are on the front (validation data)"
+    answer: Answer = "yes" if front else "not found"
+    return _report(problem, answer, "front", reason, best.plan if best else Plan(()), m, result, found)

@@ -1,0 +1,163 @@
+"""Measuring candidates: on validation data while searching, on the holdout once at the end.
+
+All runs happen in child processes, on saved and reloaded files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featherweight.core import Attempt, Measurement, Plan
+from featherweight.errors import RunError, TechniqueError
+from featherweight.graph import io
+from featherweight.runtime import evaluate as ev
+from featherweight.runtime import measure, ort, significance
+from featherweight.search.baseline import LATENCY_FEEDS, QUICK_LATENCY_S, Baseline
+from featherweight.search.candidates import build
+from featherweight.search.problem import Problem, first_feeds
+from featherweight.techniques import Context
+
+
+def measure_plan(problem: Problem, known: Baseline, ctx: Context, plan: Plan) -> Attempt:
+    """Build, save, reload and measure one plan on validation data; a failure is an attempt with its cause.
+
+    A plan measured before (in an interrupted run) is read from the journal.
+    """
+    plan = dataclasses.replace(plan, model_sha256=problem.model_sha256)
+    before = problem.journal.find(plan)
+    if before is not None:
+        return dataclasses.replace(before, plan=plan)
+    started = time.monotonic()
+    index = len(problem.journal.attempts()) + 1
+    problem.progress.start(f"candidate {index}", problem.splits.validation.n_batches)
+    problem.progress.trying(summary(plan))
+    measured: Measurement | None = None
+    error = ""
+    path = problem.work / "candidate.onnx"
+    try:
+        build_and_save(problem, ctx, plan, path)
+        measured = _measure_candidate(problem, known, path)
+    except (RunError, TechniqueError) as e:
+        error = str(e)
+    attempt = Attempt(index, plan, measured, error, time.monotonic() - started)
+    problem.journal.record(attempt)
+    if measured is not None:
+        problem.progress.best(f"{measured.size_bytes} B, {measured.metric_name} {measured.metric:.4g}")
+    return attempt
+
+
+def build_and_save(problem: Problem, ctx: Context, plan: Plan, path: Path) -> None:
+    """Apply the plan to the normalised model and save it."""
+    io.save(build(problem.model, plan, ctx, problem.techniques), path)
+
+
+def _measure_candidate(problem: Problem, known: Baseline, path: Path) -> Measurement:
+    """One candidate on validation data; latency and memory only where the budget speaks of them."""
+    evaluation = ev.evaluate(
+        path,
+        problem.splits.validation,
+        known.metric,
+        reference=problem.work / "reference",
+        worker=problem.worker,
+        threads=problem.profile.threads,
+        progress=lambda _done, _total: problem.progress.advance(),
+    )
+    b = problem.budget
+    costs: dict[str, Any] = {}
+    feeds = first_feeds(problem.splits.validation, LATENCY_FEEDS)
+    if b.max_latency_ms is not None or b.max_latency_ratio is not None or b.minimize == "latency":
+        costs |= _latency(problem, path, feeds, QUICK_LATENCY_S)
+    if b.max_peak_bytes is not None or b.minimize == "memory":
+        costs["peak_bytes"] = measure.memory(path, feeds[0]).peak_bytes
+    return _measurement(problem, known, path, evaluation, known.validation, costs)
+
+
+def _latency(problem: Problem, path: Path, feeds: list[dict[str, np.ndarray]], seconds: float) -> dict[str, Any]:
+    found = measure.latency(problem.runnable, path, feeds, threads=problem.request.threads, time_limit_s=seconds)
+    return {"latency_ms": found.candidate_ms, "p95_ms": found.candidate_p95_ms, "latency_ratio": found.ratio}
+
+
+def _measurement(
+    problem: Problem, known: Baseline, path: Path, after: ev.Evaluation, before: ev.Evaluation, costs: dict[str, Any]
+) -> Measurement:
+    """Value, paired drop with its interval and p-value, size and the given costs."""
+    metric = known.metric
+    drop = significance.drop_interval(
+        metric,
+        None if metric.perfect is not None else before.per_sample,
+        after.per_sample,
+        after.labels,
+        values=(before.value, after.value) if after.per_sample is None else None,
+        seed=problem.request.seed,
+    )
+    return Measurement(
+        size_bytes=io.size_bytes(path),
+        metric_name=metric.name,
+        metric=after.value,
+        drop=drop.value,
+        drop_interval=drop.interval,
+        p_value=drop.p_value,
+        n_samples=after.n_samples,
+        runtime=ort.VERSION,
+        host=platform.node(),
+        seed=problem.request.seed,
+        **costs,
+    )
+
+
+def summary(plan: Plan) -> str:
+    """A plan in a few words: how many sites each technique got at which parameters."""
+    counts: dict[str, int] = {}
+    for decision in plan.decisions:
+        counts[str(decision)] = counts.get(str(decision), 0) + 1
+    words = sorted(counts.items(), key=lambda item: -item[1])
+    return ", ".join(f"{n} x {what}" for what, n in words[:4]) + (", ..." if len(words) > 4 else "")
+
+
+def on_holdout(
+    problem: Problem, known: Baseline, path: Path
+) -> tuple[Measurement, Measurement, significance.Drop | None]:
+    """Original and candidate on the holdout, in full: metric, paired drop, latency, memory, load time."""
+    metric = known.metric
+    data = problem.splits.holdout
+    problem.progress.start("verifying on unseen data", 2 * data.n_batches)
+    folder = problem.work / "reference-holdout"
+
+    def scored(model: Path, **kw: Any) -> ev.Evaluation:
+        return ev.evaluate(
+            model, data, metric, worker=problem.worker, threads=problem.profile.threads,
+            progress=lambda _done, _total: problem.progress.advance(), **kw,
+        )  # fmt: skip
+
+    before = scored(problem.runnable, record_to=folder)
+    after = scored(path, reference=folder)
+    feeds = first_feeds(data, LATENCY_FEEDS)
+    problem.progress.start("measuring latency and memory")
+    timing = measure.latency(problem.runnable, path, feeds, threads=problem.request.threads)
+    memory = measure.memory(path, feeds[0])
+    costs = {
+        "latency_ms": timing.candidate_ms,
+        "p95_ms": timing.candidate_p95_ms,
+        "latency_ratio": timing.ratio,
+        "peak_bytes": memory.peak_bytes,
+        "load_ms": memory.load_ms,
+    }
+    result = _measurement(problem, known, path, after, before, costs)
+    value = metric.perfect if metric.perfect is not None else before.value
+    original = dataclasses.replace(
+        known.measurement,
+        metric=value,
+        n_samples=before.n_samples,
+        latency_ms=timing.original_ms,
+        p95_ms=timing.original_p95_ms,
+    )
+    drop = None
+    if result.drop is not None and result.drop_interval is not None:
+        drop = significance.Drop(result.drop, result.drop_interval, "", result.p_value, n_samples=result.n_samples)
+    return original, result, drop

@@ -1,0 +1,133 @@
+"""Plans as files: written beside the model they made, and replayed without a search to the same bytes.
+
+A run folder keeps `statistics.npz`, the calibration statistics that the techniques used: with it a plan needs no data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from featherweight.core import Plan, Profile, Scalar
+from featherweight.errors import OutputError, PlanError
+from featherweight.graph import io
+from featherweight.graph.normalise import normalise
+from featherweight.search.candidates import build
+from featherweight.search.problem import Problem
+from featherweight.stats import Statistics, model_key
+from featherweight.techniques import Context, all_techniques
+
+STATISTICS = "statistics.npz"
+
+
+def sealed(problem: Problem, plan: Plan) -> Plan:
+    """The plan with all a replay needs to know: the model it is about, the target, seed and float nodes."""
+    options: dict[str, Scalar] = {
+        "seed": problem.request.seed,
+        "int8_dot": problem.profile.int8_dot,
+        "keep_float": json.dumps(sorted(problem.keep_float)),
+    }
+    return dataclasses.replace(plan, model_sha256=problem.model_sha256, options=tuple(sorted(options.items())))
+
+
+def write(problem: Problem, ctx: Context, plan: Plan, built: Path) -> None:
+    """Put model, plan and statistics into the run folder, each whole or not at all."""
+    out = problem.work.parent
+    model = io.load(built)
+    io.save(model, out / "model.onnx", external=None)
+    write_file(out / "plan.json", lambda p: p.write_text(plan.to_json()))
+    if ctx.stats is not None and plan.changed():
+        stats = ctx.stats
+        write_file(out / STATISTICS, lambda p: stats.save(p))
+
+
+def write_original(problem: Problem, plan: Plan) -> None:
+    """Copy the original as the result, byte for byte, with its side files."""
+    out = problem.work.parent
+    source = problem.runnable
+    files = io.files(source)
+    for file in files[1:]:
+        write_file(out / file.relative_to(source.parent), lambda p, f=file: shutil.copyfile(f, p))  # type: ignore[misc]
+    write_file(out / "model.onnx", lambda p: shutil.copyfile(source, p))
+    write_file(out / "plan.json", lambda p: p.write_text(plan.to_json()))
+
+
+def write_file(target: Path, write_to: Callable[[Path], Any]) -> None:
+    """Write through a temporary file in the same folder, then rename. Raises OutputError; leaves nothing behind."""
+    temporary: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
+        os.close(handle)
+        temporary = Path(name)
+        write_to(temporary)
+        with temporary.open("rb") as f:
+            os.fsync(f.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(target)
+    except OSError as e:
+        raise OutputError(f"{target} cannot be written: {e.strerror or e}; free some space or write elsewhere") from e
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def apply(model: str | Path, plan: str | Path | Plan, *, out: str | Path, statistics: str | Path | None = None) -> Path:
+    """Replay a plan on its model: the same bytes as the run that made it, without search or data.
+
+    `plan` is `plan.json` of a run folder (its `statistics.npz` is found beside it) or a Plan with `statistics` given.
+    Raises PlanError if the plan is another model's, malformed, or its statistics are missing.
+    """
+    read, beside = _read(plan)
+    normalised = normalise(io.load(model), run=None).model
+    target = Path(out)
+    with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
+        path = Path(folder) / "normalised.onnx"
+        io.save(normalised, path)
+        found = io.sha256(path)
+        if read.model_sha256 != found:
+            raise PlanError(
+                f"the plan was made for the model {read.model_sha256[:12] or '(none named)'} (after normalising), "
+                f"but {model} is {found[:12]}; give the plan's own model"
+            )
+        if not read.changed():
+            io.save(io.load(model), target)
+            return target
+        ctx = _context(read, Path(statistics) if statistics is not None else beside, io.load(path))
+        io.save(build(io.load(path), read, ctx, all_techniques()), target)
+    return target
+
+
+def _read(plan: str | Path | Plan) -> tuple[Plan, Path | None]:
+    if isinstance(plan, Plan):
+        return plan, None
+    path = Path(plan)
+    if path.is_dir():
+        path = path / "plan.json"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise PlanError(f"the plan {path} cannot be read: {e}") from e
+    beside = path.parent / STATISTICS
+    return Plan.from_json(text), beside if beside.exists() else None
+
+
+def _context(plan: Plan, statistics: Path | None, model: Any) -> Context:
+    if statistics is None:
+        raise PlanError(f"the plan needs the {STATISTICS} of its run folder; keep it beside plan.json, or name it")
+    stats = Statistics.load(statistics)
+    if stats.key != model_key(model):
+        raise PlanError(f"{statistics} was read from another model than the plan's; use the file of the same run")
+    options = dict(plan.options)
+    try:
+        keep = frozenset(json.loads(str(options["keep_float"])))
+        profile = Profile("replay", "", 1, 0, bool(options["int8_dot"]))
+        return Context(profile, stats, int(options["seed"]), keep)
+    except (KeyError, TypeError, ValueError) as e:
+        raise PlanError(f"the plan's options are incomplete or malformed: {e}") from e

@@ -1,0 +1,207 @@
+"""The three ways a search goes: a plain 8-bit model, the best plan under a budget, a whole front."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from featherweight.core import Attempt, Budget, Plan
+from featherweight.graph import cost
+from featherweight.search import bounds
+from featherweight.search.baseline import Baseline, base, interface
+from featherweight.search.effects import INTEGER_TECHNIQUES, Effects
+from featherweight.search.loop import State, propose, search, within
+from featherweight.search.measured import measure_plan
+from featherweight.search.prepare import Ground, context, statistics, survey
+from featherweight.search.problem import Problem, first_feeds
+from featherweight.search.solve import Choice
+
+# Output noise that costs about one unit of drop, as a first guess; the loop corrects it by measuring.
+LOSS_PER_DROP = 3.0
+NO_CAP = 25.0
+# Sites with a choice of integer technique must hold this share of the work for both to be worth measuring.
+CONTESTED_SHARE = 0.3
+
+
+@dataclass
+class Found:
+    """What a search came back with."""
+
+    ground: Ground
+    attempts: list[Attempt] = field(default_factory=list)
+    best: Attempt | None = None
+    refusal: str | None = None
+    stop_reason: str = ""
+    interrupted: bool = False
+
+
+def fit(problem: Problem, known: Baseline, *, first_is_enough: bool) -> Found:
+    """The best plan for the objective under the limits; a refusal where a bound proves there is none."""
+    refusal = _refused_at_once(problem, known)
+    if refusal is not None:
+        return Found(Ground(context(problem, None), {}, Effects({}, ())), refusal=refusal)
+    ground = survey(problem, context(problem, statistics(problem)), with_gains=True)
+    found = Found(ground)
+    start = base(problem, known)
+    found.refusal = bounds.refusal(
+        [bounds.size_bound(problem.budget, ground.effects.table, ground.sites, start.size_bytes)]
+    )
+    if found.refusal is None:
+        _run(problem, known, found, ground.effects.table, first_cap=_first_cap(problem.budget), enough=first_is_enough)
+    return found
+
+
+def plain_int8(problem: Problem, known: Baseline, *, first_is_enough: bool) -> Found:
+    """Every layer at 8 bits, on integer kernels where they are faster; what hurts stays in float, by measurement."""
+    ctx = context(problem, statistics(problem))
+    found = Found(survey(problem, ctx, with_gains=False))
+    for table in _variants(problem, found.ground):
+        _run(problem, known, found, table, first_cap=NO_CAP, enough=first_is_enough, candidates=1)
+        if found.interrupted:
+            return found
+    if found.best is None:
+        found.ground = survey(problem, ctx, with_gains=True)
+        table = eight_bit(found.ground.effects.table)
+        worst = propose(_state(problem, known, found, table))
+        cap = NO_CAP if worst is None else max(worst.predicted.loss / 3, 1e-8)
+        _run(problem, known, found, table, first_cap=cap, enough=first_is_enough)
+    if found.best is not None and found.best.measured is not None and not found.interrupted:
+        ratio = found.best.measured.latency_ratio
+        if ratio is not None and ratio >= 1 and _uses_integers(found.best.plan):
+            table = without(eight_bit(found.ground.effects.table), INTEGER_TECHNIQUES)
+            _run(problem, known, found, table, first_cap=NO_CAP, enough=first_is_enough, candidates=1)
+    return found
+
+
+def fronts(problem: Problem, known: Baseline, points: int) -> Found:
+    """Measure the most accurate plan at `points` sizes between the smallest reachable and the original's."""
+    ground = survey(problem, context(problem, statistics(problem)), with_gains=True)
+    found = Found(ground)
+    start = base(problem, known)
+    least = start.size_bytes + sum(min(c.effect.size_bytes for c in cs) for cs in ground.effects.table.values())
+    problem.progress.start("measuring the front", points)
+    for i in range(points):
+        share = i / max(points - 1, 1)
+        limit = math.ceil(1.02 * least * (0.6 * start.size_bytes / least) ** share)
+        budget = Budget(max_size_bytes=limit, minimize="drop")
+        state = _state(problem, known, found, ground.effects.table, budget=budget, candidates=2)
+        search(state, first_loss_cap=NO_CAP)
+        found.attempts.extend(a for a in state.attempts if a not in found.attempts)
+        found.interrupted = state.interrupted
+        problem.progress.advance()
+        if state.interrupted or problem.out_of_time():
+            break
+    return found
+
+
+def _refused_at_once(problem: Problem, known: Baseline) -> str | None:
+    """What can be proved before any statistics are read: memory from the interface, size at one bit a weight."""
+    shapes = dict(interface(problem))
+    proofs = [bounds.memory_bound(problem.budget, shapes)]
+    if problem.budget.max_size_bytes is not None:
+        weights = cost.costs(problem.model, input_shapes=_shapes(problem)).weight_bytes
+        whole = base(problem, known).size_bytes
+        least = max(whole - weights, 0) + weights // 32
+        binding = f"one bit for each weight and {max(whole - weights, 0)} B of graph"
+        proofs.append(bounds.Bound("size", least, problem.budget.max_size_bytes, binding))
+    return bounds.refusal(proofs)
+
+
+def _shapes(problem: Problem) -> dict[str, tuple[int, ...]]:
+    return {name: a.shape for name, a in first_feeds(problem.splits.calibration, 1)[0].items()}
+
+
+def _first_cap(budget: Budget) -> float:
+    return min(LOSS_PER_DROP * budget.max_drop, NO_CAP) if budget.max_drop else 0.05
+
+
+def _state(
+    problem: Problem,
+    known: Baseline,
+    found: Found,
+    table: Mapping[str, Sequence[Choice]],
+    *,
+    budget: Budget | None = None,
+    candidates: int | None = None,
+) -> State:
+    left = problem.request.max_candidates if candidates is None else candidates
+    return State(
+        table,
+        budget or problem.budget,
+        base(problem, known),
+        lambda plan: measure_plan(problem, known, found.ground.ctx, plan),
+        problem.out_of_time,
+        left,
+    )
+
+
+def _run(
+    problem: Problem,
+    known: Baseline,
+    found: Found,
+    table: Mapping[str, Sequence[Choice]],
+    *,
+    first_cap: float,
+    enough: bool,
+    candidates: int | None = None,
+) -> None:
+    """One search over `table`; what it found is added to `found`."""
+    state = _state(problem, known, found, table, candidates=candidates)
+    state.best = found.best
+    good: Callable[[Attempt], bool] | None = None
+    if enough:
+        good = lambda a: a.measured is not None and within(problem.budget, a.measured)  # noqa: E731
+    search(state, first_loss_cap=first_cap, enough=good)
+    found.attempts.extend(state.attempts)
+    found.best, found.stop_reason = state.best, state.stop_reason
+    found.interrupted = found.interrupted or state.interrupted
+
+
+def _variants(problem: Problem, ground: Ground) -> list[dict[str, list[Choice]]]:
+    """The 8-bit tables worth measuring: the solver's own choice, and each integer technique alone where contested."""
+    table = eight_bit(ground.effects.table)
+    macs = problem.facts.get("macs", {})
+
+    def work(site: str) -> float:
+        return float(sum(macs.get(n, 0) or 0 for n in ground.sites[site].nodes))
+
+    contested = [s for s, cs in table.items() if len(_integer(cs)) > 1]
+    share = sum(map(work, contested)) / max(sum(map(work, table)), 1.0)
+    if share < CONTESTED_SHARE:
+        return [table]
+    return [without(table, {t}) for t in sorted(INTEGER_TECHNIQUES)]
+
+
+def _integer(choices: Sequence[Choice]) -> set[str]:
+    return {a.technique for c in choices for a in c.decision.actions} & INTEGER_TECHNIQUES
+
+
+def _uses_integers(plan: Plan) -> bool:
+    return any(a.technique in INTEGER_TECHNIQUES for d in plan.decisions for a in d.actions)
+
+
+def eight_bit(table: Mapping[str, Sequence[Choice]]) -> dict[str, list[Choice]]:
+    """Only `keep` and decisions that store weights as 8-bit integers."""
+
+    def plain(choice: Choice) -> bool:
+        return all(a.get("weight_bits", a.get("bits", 0)) == 8 for a in choice.decision.actions)
+
+    return {site: [c for c in choices if plain(c)] for site, choices in table.items()}
+
+
+def without(table: Mapping[str, Sequence[Choice]], names: frozenset[str] | set[str]) -> dict[str, list[Choice]]:
+    """The table without decisions that use any of the techniques."""
+    return {
+        site: [c for c in choices if not any(a.technique in names for a in c.decision.actions)]
+        for site, choices in table.items()
+    }
+
+
+def keep_everything(ground: Ground) -> Plan:
+    """The plan that changes nothing."""
+    return dataclasses.replace(Plan(()), decisions=tuple(cs[0].decision for cs in ground.effects.table.values()))
+
+
+__all__ = ["Found", "eight_bit", "fit", "fronts", "keep_everything", "plain_int8", "without"]
