@@ -1,4 +1,4 @@
-"""Write docs/techniques.md from the technique files: `python docs/make_techniques.py`. A test holds that it is current."""
+"""Write docs/techniques.md from the technique files. A test holds that it is current."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ HEAD = """# Techniques
 
 <!-- Written by docs/make_techniques.py from the docstrings; change those. -->
 
-A technique is one file in `src/featherweight/techniques/`. `--techniques a,b` limits a run to some of them; by default all compete, site by site, and
-the budget decides. They are applied in the order of their stages: structure, recover, numeric.
+A technique is one file in `src/featherweight/techniques/`. `--techniques a,b` limits a run to some of them; by default
+all compete, site by site, and the budget decides. They are applied in the order of their stages: structure, recover,
+numeric.
 """
 
 
