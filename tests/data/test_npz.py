@@ -8,12 +8,13 @@ import pickle  # noqa: TID251 (a child process gets datasets this way)
 import struct
 import tracemalloc
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from featherweight.data import Dataset, InputSpec, check, open_data
+from featherweight.data import Dataset, InputSpec, check, open_data, spool
 from featherweight.errors import DataError
 
 X = InputSpec("x", np.dtype(np.float32), ("n", 4))
@@ -210,13 +211,18 @@ def test_truncated_archives_are_clear_errors(tmp_path: Path, keep: float, compre
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-def test_flipped_bytes_are_found_by_check(tmp_path: Path, compressed: bool) -> None:
-    path = _save(tmp_path / "d.npz", compressed, x=np.random.default_rng(0).normal(size=(100, 4)).astype(np.float32))
+@pytest.mark.parametrize("key", ["x", "0::x"])
+@pytest.mark.parametrize("way", [check, lambda d, i: spool(d, Path(d.source).parent / "s", inputs=i)])
+def test_flipped_bytes_are_found(
+    tmp_path: Path, compressed: bool, key: str, way: Callable[[Dataset, list[InputSpec]], object]
+) -> None:
+    x = np.random.default_rng(0).normal(size=(5000, 4)).astype(np.float32)
+    path = _save(tmp_path / "d.npz", compressed, **{key: x})
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 0xFF
     path.write_bytes(bytes(raw))
     with pytest.raises(DataError, match="damaged"):
-        check(open_data(path, [X]), [X])
+        way(open_data(path, [X]), [X])
 
 
 def test_every_single_byte_change_is_an_error_or_harmless(tmp_path: Path) -> None:

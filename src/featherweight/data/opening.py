@@ -52,13 +52,9 @@ def open_data(
         path = feeds.from_mapping(source, folder or temporary_folder())
         return open_npz(path, inputs, batch_size=batch_size, labels=labels)
     if not isinstance(source, str | Path):
-        where = getattr(source, "__name__", type(source).__name__)
-        return feeds.open_feeds(
-            source,
-            inputs,
-            where=f"the data function {where}" if callable(source) else f"the given {where}",
-            folder=folder,
-        )
+        name = getattr(source, "__name__", type(source).__name__)
+        where = f"the {'data function' if callable(source) else 'given'} {name}"
+        return feeds.open_feeds(source, inputs, where=where, folder=folder)
     path = Path(source)
     if not path.exists():
         if isinstance(source, str) and feeds.is_function_name(source):
@@ -66,29 +62,26 @@ def open_data(
         raise DataError(
             f"there is no file or folder {str(path)!r}; give an .npz, an image folder, a text table or module:function"
         )
-    suffix = path.suffix.lower()
-    if path.is_dir():
+    if path.is_dir() or (path.suffix.lower() == ".csv" and tokenizer is None and _names_files(path)):
         return open_images(
             path, inputs, preprocess=preprocess, batch_size=batch_size, labels=labels, class_names=class_names
         )
-    if suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         return open_npz(path, inputs, batch_size=batch_size, labels=labels)
-    if suffix == ".csv" and tokenizer is None and _names_files(path):
-        return open_images(
-            path, inputs, preprocess=preprocess, batch_size=batch_size, labels=labels, class_names=class_names
+    if path.suffix.lower() not in (".tsv", ".csv", ".txt"):
+        raise DataError(
+            f"{path} has the ending {path.suffix!r}; use .npz, .tsv, .csv, .txt, an image folder or module:function"
         )
-    if suffix in (".tsv", ".csv", ".txt"):
-        return open_text(
-            path,
-            inputs,
-            tokenizer=Path(tokenizer) if tokenizer is not None else None,
-            batch_size=batch_size,
-            labels=labels,
-            columns=columns,
-            class_names=class_names,
-            max_length=max_length,
-        )
-    raise DataError(f"{path} has the ending {suffix!r}; use .npz, .tsv, .csv, .txt, an image folder or module:function")
+    return open_text(
+        path,
+        inputs,
+        tokenizer=Path(tokenizer) if tokenizer is not None else None,
+        batch_size=batch_size,
+        labels=labels,
+        columns=columns,
+        class_names=class_names,
+        max_length=max_length,
+    )
 
 
 def _names_files(path: Path) -> bool:

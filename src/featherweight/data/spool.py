@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featherweight.core import Progress, Silent
-from featherweight.data.checks import check_batch
+from featherweight.data.checks import check_batch, verify
 from featherweight.data.dataset import Array, Batch, Dataset, InputSpec, Piece, grouped
 from featherweight.errors import DataError, OutputError
 
@@ -242,6 +242,8 @@ def spool(
     """
     bar = progress or Silent()
     bar.start("preparing data", dataset.n_batches)
+    if inputs is not None:
+        verify(dataset)
 
     def batches() -> Iterator[Batch]:
         for batch in dataset.batches():
