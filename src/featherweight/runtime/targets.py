@@ -98,6 +98,20 @@ def parse_sysctl(text: str) -> tuple[str, ...]:
     return tuple(sorted(flags))
 
 
+def quiet_cpus(count: int) -> tuple[int, ...]:
+    """The `count` least busy of the cores this process may use (watched for 0.1 s); () where pinning is impossible."""
+    if sys.platform != "linux":
+        return ()
+    import psutil
+
+    allowed = sorted(os.sched_getaffinity(0))
+    if count >= len(allowed):
+        return tuple(allowed)
+    busy = psutil.cpu_percent(interval=0.1, percpu=True)
+    load = {cpu: busy[cpu] if cpu < len(busy) else 100.0 for cpu in allowed}
+    return tuple(sorted(sorted(allowed, key=lambda c: (load[c], -c))[:count]))
+
+
 def profile_names() -> tuple[str, ...]:
     """Names `load_profile` knows besides files."""
     shipped = (p.name[:-5] for p in _shipped().iterdir() if p.name.endswith(".json"))
