@@ -57,7 +57,7 @@ def layer(i: int) -> dict[str, object]:
         "after_bytes": (32 + i) * 16 * 9 * (4 if keep else 1),
         "macs": 1_000_000 * i,
         "int8": not keep,
-        "float_cost_ms": 0.31 if keep else None,
+        "float_cost_ms": 0.31 if keep else 0.0,
         "why": "fragile: integer compute costs 9 dB here" if keep and i == 4 else "",
     }
 

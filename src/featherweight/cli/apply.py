@@ -15,10 +15,10 @@ from featherweight.cli._sections import Command, option
 @click.command(cls=Command, short_help="Replay a plan: the same bytes.")
 @options.model_argument
 @click.argument("plan", type=options.PATH)
-@option("--data", metavar="DATA", section="Data", help="The calibration data of the run, where the plan needs it.")
+@option("--statistics", type=options.PATH, metavar="FILE", section="Data", help="Default: beside the plan.")
 @option("-o", "--out", required=True, type=options.PATH, metavar="FILE", help="The model to write.")
 @common
-def command(model: Path, plan: Path, *, data: str | None, out: Path) -> Output:
+def command(model: Path, plan: Path, *, statistics: Path | None, out: Path) -> Output:
     """Build the model of a plan again without a search: the same bytes.
 
     \b
@@ -26,7 +26,7 @@ def command(model: Path, plan: Path, *, data: str | None, out: Path) -> Output:
     """
     from featherweight.pipeline import apply
 
-    written = Path(apply(model, plan, out=out, data=data))
+    written = Path(apply(model, plan, out=out, statistics=statistics))
     size = written.stat().st_size
 
     def as_json() -> str:

@@ -31,10 +31,8 @@ def command(model: Path, data: str, *, out: Path, all_layers: bool, **asked: Any
     featherweight compress lite0.onnx --data images/ --max-size 25% --max-latency 60% -o run
     """
     from featherweight.pipeline import compress
-    from featherweight.report import files
 
     with progress() as shown:
         report = compress(model, data, out=out, progress=shown, **options.search_arguments(asked))
-    files.write(report, out)
     output = report_output(report, all_layers=all_layers)
     return Output(output.as_json, lambda: output.parts() + written_parts(out, WRITTEN), output.code)

@@ -27,14 +27,11 @@ def command(model: Path, data: str, *, out: Path | None, all_layers: bool, **ask
     featherweight decide lite0.onnx --data images/ --max-size 3MB --max-drop 1%
     """
     from featherweight.pipeline import decide
-    from featherweight.report import files
 
     if asked["resume"] and out is None:
         raise click.UsageError("--resume needs the run folder: give it with -o RUN_DIR")
     with progress() as shown:
         report = decide(model, data, out=out, progress=shown, **options.search_arguments(asked))
-    if out is not None:
-        files.write(report, out)
     output = report_output(report, all_layers=all_layers)
 
     def parts() -> list[Any]:

@@ -36,7 +36,6 @@ def command(data: Path | None, *, max_drop: str, time_budget: str, out: Path, al
     """
     from featherweight.demo.inputs import prepare
     from featherweight.pipeline import compress
-    from featherweight.report import files
 
     inputs = prepare(out / "inputs", data)
     with progress() as shown:
@@ -51,7 +50,6 @@ def command(data: Path | None, *, max_drop: str, time_budget: str, out: Path, al
             resume=True,  # a second demo shows the first one's result at once
             progress=shown,
         )
-    files.write(report, out)
     output = report_output(report, all_layers=all_layers)
 
     def parts() -> list[Any]:

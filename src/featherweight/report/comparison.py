@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 from rich.console import RenderableType
 from rich.text import Text
 
-from featherweight.report.text import measured_parts
+from featherweight.report import wording
+from featherweight.report.terminal import lines
+from featherweight.report.text import measured_parts, note_parts
 
 if TYPE_CHECKING:
     from featherweight.pipeline import Comparison
@@ -16,8 +18,10 @@ NAMES = ("original", "candidate")
 
 
 def comparison_parts(found: Comparison) -> list[RenderableType]:
-    """Side by side, the paired test, and how far the outputs are apart."""
+    """What the candidate gains and loses, both side by side, notes."""
     return [
-        Text("Two models on the same data", style="bold"),
+        Text(wording.headline(found.original, found.candidate), style="bold"),
+        *lines([f"metric {found.candidate.metric_name}: {found.metric_reason}"], "dim"),
         *measured_parts(found.original, found.candidate, names=NAMES),
+        *note_parts(found.notes),
     ]

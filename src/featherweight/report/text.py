@@ -47,7 +47,9 @@ def report_parts(report: Report, *, all_layers: bool = False) -> list[Renderable
 def outcome_parts(report: Report) -> list[RenderableType]:
     """The outcome word, what was gained, the sentence behind it, and what was asked."""
     style = ANSWER_STYLES.get(report.answer, "bold")
-    first = Text.assemble((wording.outcome_word(report), style), "  ", (wording.headline(report), "bold"))
+    first = Text.assemble(
+        (wording.outcome_word(report), style), "  ", (wording.headline(report.baseline, report.result), "bold")
+    )
     asked = f"asked: {wording.budget_words(report.budget, report.result.metric_name)}"
     parts: list[RenderableType] = [first]
     if report.reason:
@@ -108,7 +110,7 @@ def decision_table(groups: Sequence[layer_rows.Layer]) -> Grid:
 
 def layer_table(shown: Sequence[layer_rows.Layer], total: layer_rows.Layer) -> Grid:
     """One row a layer and a total; narrow terminals go without shape, operator and MACs."""
-    costs = any(layer.float_cost_ms is not None for layer in shown)
+    costs = bool(total.float_cost_ms)
     kinds = any(layer.int8 is not None for layer in shown)
     columns = [
         Column("layer", cut="middle", least=20),
@@ -127,7 +129,7 @@ def layer_table(shown: Sequence[layer_rows.Layer], total: layer_rows.Layer) -> G
         cells = [layer.name, layer.op, layer.shape, "" if layer is total else layer.decision]
         cells += [format_bytes(layer.before_bytes), format_bytes(layer.after_bytes), _macs(layer.macs)]
         cells += [layer_rows.runs_as(layer)] if kinds else []
-        cells += ["" if layer.float_cost_ms is None else format_ms(layer.float_cost_ms)] if costs else []
+        cells += [format_ms(layer.float_cost_ms) if layer.float_cost_ms else ""] if costs else []
         if layer is total:
             made.rule()
         made.add(*cells, style=bold)

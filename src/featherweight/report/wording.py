@@ -180,17 +180,17 @@ def outcome_word(report: Report) -> str:
     return (report.outcome or ("met" if report.ok else "not met")).replace("_", " ").upper()
 
 
-def headline(report: Report) -> str:
+def headline(original: Measurement, result: Measurement) -> str:
     """'3.92x smaller, 1.52x faster, accuracy worse by 0.20 points' of measured values."""
     parts = []
-    size = change_words(report.baseline.size_bytes, report.result.size_bytes, "smaller", "larger")
+    size = change_words(original.size_bytes, result.size_bytes, "smaller", "larger")
     parts.append("same size" if size.endswith("the same") else size.partition(", ")[2])
-    if report.result.latency_ratio is not None:
-        speed = change_words(1.0, report.result.latency_ratio, "faster", "slower")
+    if result.latency_ratio is not None:
+        speed = change_words(1.0, result.latency_ratio, "faster", "slower")
         parts.append("same latency" if speed.endswith("the same") else speed.partition(", ")[2])
-    drop = drop_words(report.result)
+    drop = drop_words(result)
     if drop:
-        parts.append(f"{report.result.metric_name} {drop}")
+        parts.append(f"{result.metric_name} {drop}")
     return ", ".join(p for p in parts if p)
 
 
