@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError, EncodeError  # type: ignore[imp
 
 from featherweight.errors import ModelError, OutputError
 from featherweight.graph import validate
-from featherweight.graph.surgery import copy_model, in_memory, read_small
+from featherweight.graph.surgery import copy_model, in_memory, read_protobuf, read_small
 
 MAX_PROTO_BYTES = 2**31 - 1
 EXTERNAL_ABOVE_BYTES = 1_500_000_000
@@ -52,6 +52,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         if isinstance(tensor, ir.ExternalTensor):
             tensor.base_dir = base
     validate.check_links(model, where)
+    read_protobuf(model)
     read_small(model)
     return model
 

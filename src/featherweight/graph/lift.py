@@ -14,13 +14,12 @@ import onnx_ir as ir
 from onnx import version_converter
 
 from featherweight.errors import ModelError
-from featherweight.graph import surgery
+from featherweight.graph import shapes, surgery
 
 OPSET = 21
 """4-bit types and DequantizeLinear with blocks begin here."""
 IR_VERSION = 10
 _PLACEHOLDER = "featherweight.lift"
-_HIDDEN_BYTES = 1024
 
 Values = Sequence[ir.Value | None]
 
@@ -73,18 +72,8 @@ def _hide(model: ir.Model, old: int) -> dict[str, int]:
 
 def _convert(model: ir.Model, old: int) -> None:
     """Run onnx's converter on the graph without its large weights, then take its graph over."""
-    large = {
-        v.name: v
-        for v in model.graph.initializers.values()
-        if v.const_value is not None and v.const_value.nbytes > _HIDDEN_BYTES and not v.is_graph_output()
-    }
-    bare = surgery.copy_model(model)
-    for name in large:
-        value = bare.graph.initializers.pop(name)  # type: ignore[arg-type]
-        bare.graph.inputs.append(value)
-        value.const_value = None
+    proto, large = shapes.bare_proto(model)
     try:
-        proto = ir.serde.serialize_model(bare)
         converted = ir.serde.deserialize_model(version_converter.convert_version(proto, OPSET))
     except (version_converter.ConvertError, RuntimeError, ValueError, IndexError) as e:
         raise ModelError(

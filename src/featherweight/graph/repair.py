@@ -5,14 +5,12 @@ Each function edits the model it is given and returns what it did in words, '' i
 
 from __future__ import annotations
 
-import logging
-
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from featherweight.errors import ModelError
-from featherweight.graph import surgery
+from featherweight.graph import shapes, surgery
 
 _STANDARD = ("", "ai.onnx")
 
@@ -115,16 +113,23 @@ def _adopt_opset(model: ir.Model, function: ir.Function) -> None:
     if theirs is None or ours is None or theirs == ours:
         return
     for node in surgery.walk(function):
-        if node.domain in _STANDARD and _since(node.op_type, theirs) != _since(node.op_type, ours):
+        if node.domain in _STANDARD and not _means_the_same(node.op_type, theirs, ours):
             return
     function.opset_imports[""] = ours
 
 
-def _since(op_type: str, version: int) -> int | None:
+def _means_the_same(op_type: str, a: int, b: int) -> bool:
+    """Same definition, or both with the same inputs and attributes (newer versions then only add types)."""
     try:
-        return int(onnx.defs.get_schema(op_type, version, "").since_version)
+        old, new = (onnx.defs.get_schema(op_type, version, "") for version in (a, b))
     except onnx.defs.SchemaError:
-        return None
+        return False
+    if old.since_version == new.since_version:
+        return True
+    same_form = [i.name for i in old.inputs] == [i.name for i in new.inputs] and set(old.attributes) == set(
+        new.attributes
+    )
+    return same_form and min(a, b) >= 13 and op_type != "GroupNormalization"
 
 
 def renew_shapes(model: ir.Model) -> str:
@@ -132,33 +137,21 @@ def renew_shapes(model: ir.Model) -> str:
 
     The interface (inputs and outputs of the model) and the formal parameters of sub-graphs are kept as declared.
     """
-    declared = [v for g in model.graphs() for v in (*g.inputs, *g.outputs)]
-    kept = [(v, v.type, v.shape) for v in declared]
     inner = [o for g in model.graphs() for n in g for o in n.outputs if not o.is_graph_output()]
     before = [(v, v.type, v.shape) for v in inner]
     for value in inner:
         value.type, value.shape = None, None
-    _infer(model)
-    for value, type_, shape in kept:
-        value.type, value.shape = type_, shape
+    known = shapes.infer(model)
     stale = 0
     for value, type_, shape in before:
+        found = known.get(value.name or "")
+        if found is not None:
+            value.type, value.shape = found.type, found.shape
         producer = value.producer()
         if value.type is None and producer is not None and producer.domain not in _STANDARD:
             value.type = type_
         stale += shape is not None and value.shape != shape
     return f"{stale} recorded shapes replaced or dropped" if stale else ""
-
-
-def _infer(model: ir.Model) -> None:
-    """Shape inference where it works; where it does not, shapes stay unknown and come from real runs."""
-    logger = logging.getLogger("onnx_ir.passes.common.shape_inference")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
-    finally:
-        logger.setLevel(level)
 
 
 def drop_no_ops(model: ir.Model) -> str:

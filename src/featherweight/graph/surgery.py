@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,47 @@ from featherweight.errors import ModelError
 def copy_model(model: ir.Model) -> ir.Model:
     """A copy whose graphs may be edited freely; the weights' bytes are shared, not copied."""
     if _is_sorted(model):
-        return model.clone()
-    # The library clones only sorted graphs; the way through the protobuf does not care.
-    copy = ir.serde.deserialize_model(ir.serde.serialize_model(model))
-    for old, new in zip(model.graphs(), copy.graphs(), strict=True):
-        for name, value in old.initializers.items():
-            new.initializers[name].const_value = value.const_value
-    return copy
+        new = model.clone()
+    else:
+        # The library clones only sorted graphs; the way through the protobuf does not care.
+        new = ir.serde.deserialize_model(ir.serde.serialize_model(model))
+        for old_graph, new_graph in zip(model.graphs(), new.graphs(), strict=True):
+            for name, value in old_graph.initializers.items():
+                new_graph.initializers[name].const_value = value.const_value
+    # A tensor carries its name, so a shared one would be renamed in both models.
+    _map_tensors(new, _share)
+    return new
+
+
+def _share(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """Another tensor object on the same bytes."""
+    if isinstance(tensor, ir.TensorProtoTensor):
+        return materialise(tensor)
+    return copy.copy(tensor)
+
+
+def materialise(tensor: ir.TensorProtoTensor) -> ir.TensorProtocol:
+    """A tensor read out of the protobuf once, instead of at each access."""
+    if tensor.dtype == ir.DataType.STRING:
+        return ir.StringTensor(tensor.string_data(), shape=tensor.shape, name=tensor.name)
+    return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, shape=tensor.shape, name=tensor.name)
+
+
+def _map_tensors(model: ir.Model, change: Callable[[ir.TensorProtocol], ir.TensorProtocol]) -> None:
+    """Replace every tensor of every graph and function, initializers and attributes."""
+    for graph in [*model.graphs(), *(f.graph for f in model.functions.values())]:
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                value.const_value = change(value.const_value)
+        for node in graph:
+            for name, attr in list(node.attributes.items()):
+                if not attr.is_ref() and attr.type == ir.AttributeType.TENSOR:
+                    node.attributes[name] = ir.AttrTensor(name, change(attr.as_tensor()))
+
+
+def read_protobuf(model: ir.Model) -> None:
+    """Take all tensors out of the protobuf they were parsed from, in place."""
+    _map_tensors(model, lambda t: materialise(t) if isinstance(t, ir.TensorProtoTensor) else t)
 
 
 def _is_sorted(model: ir.Model) -> bool:
@@ -39,17 +74,7 @@ def read_small(model: ir.Model, *, below_bytes: int = 1 << 16) -> None:
 
     Raises ModelError if the side file cannot be read.
     """
-    for graph in [*model.graphs(), *(f.graph for f in model.functions.values())]:
-        for value in graph.initializers.values():
-            tensor = value.const_value
-            if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes < below_bytes:
-                value.const_value = in_memory(tensor)
-        for node in graph:
-            for name, attr in list(node.attributes.items()):
-                if attr.is_ref() or not isinstance(attr.value, ir.ExternalTensor):
-                    continue
-                if attr.value.nbytes < below_bytes:
-                    node.attributes[name] = ir.AttrTensor(name, in_memory(attr.value))
+    _map_tensors(model, lambda t: in_memory(t) if t.nbytes < below_bytes else t)
 
 
 def in_memory(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
