@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from featherweight.core import Budget, Measurement, Note, Plan, Report
-from featherweight.report import layers, text, wording
+from featherweight.report import comparison, layers, text, wording
 from featherweight.report.terminal import Column, Grid, shortened, to_text
 
 
@@ -118,3 +118,18 @@ def test_grid_never_exceeds_its_width(rows: list[tuple[str, str]], width: int) -
 def test_shortened_name_fits(name: str, width: int) -> None:
     assert cell_len(shortened(name, width, "end")) <= width
     assert cell_len(shortened(name, width, "middle")) <= width
+
+
+def test_comparison_claims_no_unseen_samples(report: Report) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Comparison:
+        original: Measurement
+        candidate: Measurement
+        metric_reason: str = "the data has class labels"
+        notes: tuple[Note, ...] = ()
+
+    shown = to_text(comparison.comparison_parts(Comparison(report.baseline, report.result)))  # type: ignore[arg-type]
+    assert shown.startswith("3.92x smaller, 1.52x faster")
+    assert "original  candidate" in " ".join(shown.split()).replace(" candidate", "  candidate")
+    assert "350 samples; paired test" in shown
+    assert "unseen" not in shown
