@@ -22,6 +22,6 @@ def comparison_parts(found: Comparison) -> list[RenderableType]:
     return [
         Text(wording.headline(found.original, found.candidate), style="bold"),
         *lines([f"metric {found.candidate.metric_name}: {found.metric_reason}"], "dim"),
-        *measured_parts(found.original, found.candidate, names=NAMES),
+        *measured_parts(found.original, found.candidate, names=NAMES, samples="sample"),
         *note_parts(found.notes),
     ]

@@ -82,7 +82,7 @@ def _measured(report: Report) -> str:
         for r in rows
     ]
     table = _table(("", "original", "result", "result / original", "at most", ""), body, numeric={1, 2, 4})
-    evidence = wording.evidence_words(report.result)
+    evidence = wording.evidence_words(report.result, wording.samples_word(report))
     return table + (f"<p>{html.escape(evidence)}</p>" if evidence else "")
 
 

@@ -36,7 +36,7 @@ def report_parts(report: Report, *, all_layers: bool = False) -> list[Renderable
     """The sections of a report, in reading order."""
     return [
         *outcome_parts(report),
-        *measured_parts(report.baseline, report.result, report.budget),
+        *measured_parts(report.baseline, report.result, report.budget, samples=wording.samples_word(report)),
         *layer_parts(report, everything=all_layers),
         *note_parts(report.notes, everything=all_layers),
         *attempt_parts(report.attempts, report.budget, everything=all_layers),
@@ -58,9 +58,17 @@ def outcome_parts(report: Report) -> list[RenderableType]:
 
 
 def measured_parts(
-    original: Measurement, result: Measurement, budget: Budget | None = None, *, names: tuple[str, str] = NAMES
+    original: Measurement,
+    result: Measurement,
+    budget: Budget | None = None,
+    *,
+    names: tuple[str, str] = NAMES,
+    samples: str = "unseen sample",
 ) -> list[RenderableType]:
-    """Original and result side by side, with limits where there are any, and how sure the drop is."""
+    """Original and result side by side, with limits where there are any, and how sure the drop is.
+
+    `samples`: what the drop was measured on, in the singular.
+    """
     rows = wording.comparison_rows(original, result, budget)
     columns = [Column(""), *(Column(name, "right") for name in names), Column(f"{names[1]} / {names[0]}", cut="end")]
     limited = any(row.limit for row in rows)
@@ -70,7 +78,7 @@ def measured_parts(
         if limited:
             cells += [row.limit, verdict(row.ok)]
         made.add(*cells)
-    evidence = wording.evidence_words(result)
+    evidence = wording.evidence_words(result, samples)
     parts: list[RenderableType] = [heading("Measured", "on the saved files"), indented(made)]
     return parts + (lines([evidence]) if evidence else [])
 

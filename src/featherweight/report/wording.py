@@ -167,12 +167,17 @@ def interval_words(m: Measurement) -> str:
     return f"{i.level:.0%}: {low} to {high}"
 
 
-def evidence_words(m: Measurement) -> str:
-    """On how many unseen samples, and the paired test in words; '' without a metric."""
+def evidence_words(m: Measurement, samples: str = "unseen sample") -> str:
+    """On how many samples the drop was measured, and the paired test in words; '' without a metric."""
     if m.drop is None:
         return ""
-    samples = f"{m.n_samples:,} unseen sample{'s' if m.n_samples != 1 else ''}"
-    return samples if m.p_value is None else f"{samples}; paired test: {format_p_value(m.p_value)}"
+    count = f"{m.n_samples:,} {samples}{'s' if m.n_samples != 1 else ''}"
+    return count if m.p_value is None else f"{count}; paired test: {format_p_value(m.p_value)}"
+
+
+def samples_word(report: Report) -> str:
+    """What the drop of a report was measured on: a front is not verified on unseen data."""
+    return "validation sample" if report.outcome == "front" else "unseen sample"
 
 
 def outcome_word(report: Report) -> str:
