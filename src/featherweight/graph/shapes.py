@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
-from featherweight.graph import surgery
+from featherweight.graph import fold, surgery
 
 _HIDDEN_BYTES = 1024
+_ROUNDS = 16
+"""Shapes computed from shapes computed from shapes: each round settles one level."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +51,49 @@ def infer(model: ir.Model, input_shapes: Mapping[str, tuple[int, ...]] | None = 
     """Inferred type and shape by tensor name, sub-graphs included; inputs take the shapes given.
 
     Names must be unique (as after normalising). Where inference fails nothing is known: the answer lacks the tensor.
+    With concrete inputs, shapes that the graph computes from other shapes are computed too.
     """
+    if not input_shapes:
+        return _infer_once(model)
+    work = surgery.copy_model(model)
+    for value in work.graph.inputs:
+        if value.name in input_shapes:
+            value.shape = ir.Shape(input_shapes[value.name])
+    for value in work.graph.outputs:
+        # A declared symbolic size would win over the one that follows from the inputs.
+        value.shape = None
+    known: dict[str, Known] = {}
+    for _ in range(_ROUNDS):
+        known.update(_infer_once(work))
+        if not _fix_computed_shapes(work, known):
+            break
+        fold.fold_expressions(work)
+    return known
+
+
+def _fix_computed_shapes(model: ir.Model, known: Mapping[str, Known]) -> int:
+    """Replace Shape nodes whose answer is known by that answer; returns how many."""
+    fixed = 0
+    namer = surgery.Namer(model)
+    for graph in model.graphs():
+        for node in list(graph):
+            source = node.inputs[0] if node.op_type == "Shape" and node.inputs else None
+            found = known.get(source.name or "") if source is not None else None
+            if found is None or found.sizes is None or node.outputs[0].is_graph_output():
+                continue
+            start = node.attributes["start"].as_int() if "start" in node.attributes else 0
+            end = node.attributes["end"].as_int() if "end" in node.attributes else len(found.sizes)
+            answer = surgery.add_initializer(
+                graph, namer(f"{node.name}.known"), np.array(found.sizes[start:end], np.int64)
+            )
+            surgery.replace_uses(node.outputs[0], answer)
+            surgery.remove_node(node)
+            fixed += 1
+    return fixed
+
+
+def _infer_once(model: ir.Model) -> dict[str, Known]:
     proto, _ = bare_proto(model)
-    for value in proto.graph.input:
-        sizes = (input_shapes or {}).get(value.name)
-        if sizes is not None:
-            del value.type.tensor_type.shape.dim[:]
-            for size in sizes:
-                value.type.tensor_type.shape.dim.add().dim_value = size
-    if input_shapes:
-        # Declared symbolic sizes would win over the ones that follow from the inputs.
-        for output in proto.graph.output:
-            output.type.tensor_type.ClearField("shape")
     try:
         proto = onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
