@@ -19,11 +19,10 @@ from featherweight.errors import DataError
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from featherweight.graph.cost import Costs
+    from featherweight.graph.cost import Costs, TrainingMemory
     from featherweight.graph.weights import Weight
 
 BIT_WIDTHS = (8, 7, 6, 5, 4, 3, 2, 1)
-OPTIMIZERS = ("adam", "sgd")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +50,13 @@ class TensorLine:
 
 @dataclass(frozen=True, slots=True)
 class NodeLine:
-    """One node's cost a call; `latency_ms` only where data was given."""
+    """One node's cost a call, None where its shapes are not known; `latency_ms` only where data was given."""
 
     name: str
     op_type: str
-    macs: int
+    macs: int | None
     weight_bytes: int
-    output_bytes: int
+    output_bytes: int | None
     latency_ms: float | None = None
 
 
@@ -70,24 +69,13 @@ class BitFloor:
     total_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Training:
-    """Planned memory of one training step, in bytes."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        """All four together."""
-        return self.weights + self.gradients + self.optimizer + self.activations
-
-
 @dataclass(frozen=True)
 class Inspection:
-    """Everything `inspect` found. Counts are a call at batch `batch`; None where shapes do not tell."""
+    """Everything `inspect` found. Counts are a call at batch `batch`.
+
+    `inference_bytes` are all stored tensors and the planned peak of activations, which is at `peak_node`; `training`
+    is by optimiser.
+    """
 
     model: str
     file_bytes: int
@@ -104,9 +92,10 @@ class Inspection:
     compressible_bytes: int
     macs: int
     batch: int
-    peak_activation_bytes: int | None
-    inference_bytes: int | None
-    training: Mapping[str, Training] = field(default_factory=dict)
+    peak_activation_bytes: int
+    peak_node: str
+    inference_bytes: int
+    training: Mapping[str, TrainingMemory] = field(default_factory=dict)
     bit_floors: tuple[BitFloor, ...] = ()
     encodings: Mapping[str, int] = field(default_factory=dict)
     target: Profile | None = None
@@ -141,12 +130,16 @@ def inspect(
     graph = normalise(original, run=None).model
     found = weights(graph)
     encodings = _encodings(original)
-    inputs = {port.name: _concrete(port, batch) for port in _ports(graph.graph.inputs)}
-    counted = cost.costs(graph, input_shapes={name: shape for name, shape in inputs.items() if shape is not None})
     times: Mapping[str, float] = {}
+    notes: list[Note] = []
     if data is not None:
         feeds = _feeds(original, data, preprocess, tokenizer, batch)
+        shapes = {name: tuple(array.shape) for name, array in feeds.items()}
         times = node_times(path, feeds, threads=threads).ms
+    else:
+        shapes = _assumed_shapes(_ports(graph.graph.inputs), batch, notes)
+    counted = cost.costs(graph, input_shapes=shapes)
+    notes += [Note(name, "shape not known: its operations and memory are counted as none") for name in counted.unknown]
     target = load_profile("this" if profile is None else profile)
     file_bytes = io.size_bytes(path)
     return Inspection(
@@ -164,14 +157,15 @@ def inspect(
         weight_bytes=sum(t.size_bytes for t in _stored(original)),
         compressible_bytes=sum(w.size_bytes for w in found),
         macs=counted.macs,
-        batch=batch,
+        batch=counted.batch,
         peak_activation_bytes=counted.peak_activation_bytes,
-        inference_bytes=_plus(counted.weight_bytes, counted.peak_activation_bytes),
-        training=_training(counted, batch),
+        peak_node=counted.peak_node,
+        inference_bytes=counted.weight_bytes + counted.peak_activation_bytes,
+        training={"adam": counted.train_bytes("adam"), "sgd": counted.train_bytes("sgd")},
         bit_floors=bit_floors(found, file_bytes),
         encodings=encodings,
         target=target,
-        notes=tuple(skipped(graph)),
+        notes=(*notes, *skipped(graph)),
     )
 
 
@@ -190,30 +184,34 @@ def _ports(values: Any) -> tuple[Port, ...]:
     ports = []
     for value in values:
         shape = None if value.shape is None else tuple(_dimension(d) for d in value.shape)
-        ports.append(Port(value.name or "", "unknown" if value.dtype is None else value.dtype.name.lower(), shape))
+        ports.append(Port(value.name or "", "unknown" if value.dtype is None else _type_name(value.dtype), shape))
     return tuple(ports)
+
+
+def _type_name(dtype: ir.DataType) -> str:
+    """Numpy's name where it differs from ONNX's."""
+    return {"FLOAT": "float32", "DOUBLE": "float64"}.get(dtype.name, dtype.name.lower())
 
 
 def _dimension(d: Any) -> int | str | None:
     return d if isinstance(d, int) else (str(d.value) if d.value is not None else None)
 
 
-def _concrete(port: Port, batch: int) -> tuple[int, ...] | None:
-    """The input's shape with its first unknown axis at `batch`; None if others are unknown too."""
-    if port.shape is None:
-        return None
-    dims = list(port.shape)
-    if dims and not isinstance(dims[0], int):
-        dims[0] = batch
-    return tuple(d for d in dims if isinstance(d, int)) if all(isinstance(d, int) for d in dims) else None
+def _assumed_shapes(ports: tuple[Port, ...], batch: int, notes: list[Note]) -> dict[str, tuple[int, ...]]:
+    """Input shapes with an open first axis at `batch` and other open axes at 1, which is noted."""
+    shapes = {}
+    for port in ports:
+        if port.shape is None:
+            continue
+        dims = [batch if i == 0 and not isinstance(d, int) else d for i, d in enumerate(port.shape)]
+        if not all(isinstance(d, int) for d in dims):
+            notes.append(Note(port.name, "open axes are counted with size 1; give --data for real ones"))
+        shapes[port.name] = tuple(d if isinstance(d, int) else 1 for d in dims)
+    return shapes
 
 
 def _op(node: ir.Node) -> str:
     return f"{node.domain}::{node.op_type}" if node.domain else node.op_type
-
-
-def _plus(a: int | None, b: int | None) -> int | None:
-    return None if a is None or b is None else a + b
 
 
 def _stored(model: ir.Model) -> list[TensorLine]:
@@ -233,7 +231,7 @@ def _stored(model: ir.Model) -> list[TensorLine]:
 
 def _line(name: str, tensor: Any, readers: tuple[str, ...]) -> TensorLine:
     shape = tuple(int(d) for d in tensor.shape)
-    return TensorLine(name, shape, tensor.dtype.name.lower(), math.prod(shape), int(tensor.nbytes), readers=readers)
+    return TensorLine(name, shape, _type_name(tensor.dtype), math.prod(shape), int(tensor.nbytes), readers=readers)
 
 
 def _tensors(original: ir.Model, found: list[Weight]) -> tuple[TensorLine, ...]:
@@ -247,15 +245,6 @@ def _nodes(counted: Costs, times: Mapping[str, float]) -> tuple[NodeLine, ...]:
     return tuple(
         NodeLine(n.name, n.op_type, n.macs, n.weight_bytes, n.output_bytes, times.get(n.name)) for n in counted.nodes
     )
-
-
-def _training(counted: Costs, batch: int) -> dict[str, Training]:
-    """Training memory for each optimiser; empty where the activations' shapes do not tell."""
-    made = {}
-    for optimizer in OPTIMIZERS:
-        t = counted.train_bytes(optimizer=optimizer, batch=batch)
-        made[optimizer] = Training(t.weights, t.gradients, t.optimizer, t.activations)
-    return made
 
 
 def _encodings(model: ir.Model) -> dict[str, int]:

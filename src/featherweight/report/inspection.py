@@ -10,7 +10,7 @@ from rich.text import Text
 
 from featherweight.core import Profile
 from featherweight.quantities import format_bytes, format_count, format_ms, format_percent
-from featherweight.report.terminal import Column, Grid, heading, indented
+from featherweight.report.terminal import Column, Grid, heading, indented, lines
 from featherweight.report.text import note_parts, pairs
 
 if TYPE_CHECKING:
@@ -72,14 +72,12 @@ def bit_parts(found: Inspection) -> list[RenderableType]:
     for floor in found.bit_floors:
         ratio = floor.total_bytes / found.file_bytes
         made.add(str(floor.bits), format_bytes(floor.total_bytes), format_percent(ratio, 0), bar(ratio))
-    detail = f"{share} of the file are weights that can be narrowed; scales not counted"
+    detail = f"{share} of it can be narrowed; scales not counted"
     return [heading("The file at each bit width", detail), indented(made)]
 
 
 def memory_parts(found: Inspection) -> list[RenderableType]:
     """Inference against training, planned from the graph."""
-    if found.inference_bytes is None or found.peak_activation_bytes is None:
-        return []
     made = Grid(
         [Column(""), *(Column(n, "right") for n in ("total", "weights", "gradients", "optimiser", "activations"))]
     )
@@ -89,7 +87,8 @@ def memory_parts(found: Inspection) -> list[RenderableType]:
     for name, t in found.training.items():
         values = (t.total, t.weights, t.gradients, t.optimizer, t.activations)
         made.add(f"training, {name}", *(format_bytes(v) for v in values))
-    return [heading("Memory", f"planned from the graph, batch {found.batch}"), indented(made)]
+    peak = [f"activations peak at {found.peak_node}"] if found.peak_node else []
+    return [heading("Memory", f"planned from the graph, batch {found.batch}"), indented(made), *lines(peak, "dim")]
 
 
 def tensor_parts(found: Inspection, *, everything: bool) -> list[RenderableType]:
@@ -116,7 +115,7 @@ def tensor_parts(found: Inspection, *, everything: bool) -> list[RenderableType]
 def node_parts(found: Inspection, *, everything: bool) -> list[RenderableType]:
     """The most expensive nodes: by measured time if there is any, else by MACs."""
     timed = any(n.latency_ms is not None for n in found.nodes)
-    ranked = sorted(found.nodes, key=lambda n: (-(n.latency_ms or 0.0), -n.macs, -n.output_bytes))
+    ranked = sorted(found.nodes, key=lambda n: (-(n.latency_ms or 0.0), -(n.macs or 0), -(n.output_bytes or 0)))
     costly = [n for n in ranked if everything or n.macs or n.latency_ms]
     if not costly:
         return []
@@ -126,8 +125,9 @@ def node_parts(found: Inspection, *, everything: bool) -> list[RenderableType]:
     columns += [Column("output", "right", optional=2)] + ([Column("time", "right")] if timed else [])
     made = Grid([*columns, Column("share", "right"), Column("", optional=3)])
     for n in shown:
-        share = ((n.latency_ms or 0.0) if timed else n.macs) / (total or 1.0)
-        cells = [n.name, n.op_type, format_count(n.macs) if n.macs else "-", format_bytes(n.output_bytes)]
+        share = ((n.latency_ms or 0.0) if timed else (n.macs or 0)) / (total or 1.0)
+        output = "-" if n.output_bytes is None else format_bytes(n.output_bytes)
+        cells = [n.name, n.op_type, format_count(n.macs) if n.macs else "-", output]
         cells += [format_ms(n.latency_ms)] if timed else []
         made.add(*cells, format_percent(share), bar(share))
     title = "Time" if timed else "Operations"

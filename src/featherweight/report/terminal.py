@@ -54,7 +54,7 @@ def heading(text: str, detail: str = "") -> Text:
 
 def indented(part: RenderableType) -> Padding:
     """`part` moved right of its heading."""
-    return Padding(part, (0, 0, 0, INDENT))
+    return Padding(part, (0, 0, 0, INDENT), expand=False)
 
 
 def lines(texts: Iterable[str], style: str = "") -> list[RenderableType]:
