@@ -152,7 +152,7 @@ def test_other_quantities_are_printed_plainly() -> None:
         "6.71 ms",
         "1.24 s",
     ]
-    assert [q.format_duration(v) for v in (7.6, 125, 4200)] == ["8 s", "2 min 05 s", "1 h 10 min"]
+    assert [q.format_duration(v) for v in (7.64, 37.6, 125, 4200)] == ["7.6 s", "38 s", "2 min 05 s", "1 h 10 min"]
     assert [q.format_count(v) for v in (17, 1200, 385e6)] == ["17", "1.20 k", "385 M"]
     assert q.format_metric(0.878, "accuracy") == "87.80%"
     assert q.format_metric(0.99512, "cosine") == "0.9951"

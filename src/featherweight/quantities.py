@@ -60,23 +60,17 @@ def parse_size(text: str | int | float, original_bytes: int | None = None) -> in
         number, unit = _split(text, "a size", "'5MB', '4.5MiB' or '25%'")
         if unit == "%":
             if original_bytes is None:
-                raise BudgetError(
-                    f"a size in percent needs an original to compare with, but got {text!r} alone"
-                )
+                raise BudgetError(f"a size in percent needs an original to compare with, but got {text!r} alone")
             size = number * original_bytes / 100
         elif unit.lower() in SIZE_UNITS:
             size = number * SIZE_UNITS[unit.lower()]
         else:
-            raise BudgetError(
-                f"the unit of a size must be B, kB, MB, GB, KiB, MiB, GiB or %, but got {text!r}"
-            )
+            raise BudgetError(f"the unit of a size must be B, kB, MB, GB, KiB, MiB, GiB or %, but got {text!r}")
     else:
         size = _finite(text, "a size")
     whole = math.floor(size + 1e-6)  # 1.1 kB is 1100.0000000000002 B
     if whole < 1:
-        raise BudgetError(
-            f"a size must be at least 1 B, but got {text!r}; for a part of the original write '25%'"
-        )
+        raise BudgetError(f"a size must be at least 1 B, but got {text!r}; for a part of the original write '25%'")
     return whole
 
 
@@ -95,9 +89,7 @@ def parse_latency(text: str | int | float) -> tuple[float | None, float | None]:
     elif unit.lower() in TIME_UNITS_MS:
         ms, ratio = number * TIME_UNITS_MS[unit.lower()], None
     else:
-        raise BudgetError(
-            f"a latency must have the unit ms, s, us or %, but got {text!r}; write it like '8ms'"
-        )
+        raise BudgetError(f"a latency must have the unit ms, s, us or %, but got {text!r}; write it like '8ms'")
     if not (ms or ratio or 0) > 0:
         raise BudgetError(f"a latency must be above zero, but got {text!r}")
     return ms, ratio
@@ -185,7 +177,9 @@ def format_percent(fraction: float | None, digits: int = 1) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """'8 s', '2 min 05 s', '1 h 10 min'."""
+    """'0.4 s', '38 s', '2 min 05 s', '1 h 10 min'."""
+    if 0 < seconds < 9.95:
+        return f"{seconds:.1f} s"
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

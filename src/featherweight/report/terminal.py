@@ -43,6 +43,9 @@ def show(parts: Iterable[RenderableType]) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     out = console()
+    if not out.is_terminal:
+        sys.stdout.write(to_text(parts, width=out.width))
+        return
     for part in parts:
         out.print(part)
 

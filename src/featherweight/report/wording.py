@@ -169,8 +169,8 @@ def interval_words(m: Measurement) -> str:
 
 def evidence_words(m: Measurement, samples: str = "unseen sample") -> str:
     """On how many samples the drop was measured, and the paired test in words; '' without a metric."""
-    if m.drop is None:
-        return ""
+    if m.drop is None or (m.drop == 0 and m.drop_interval is None and m.p_value is None):
+        return ""  # not measured, or the original itself
     count = f"{m.n_samples:,} {samples}{'s' if m.n_samples != 1 else ''}"
     return count if m.p_value is None else f"{count}; paired test: {format_p_value(m.p_value)}"
 
