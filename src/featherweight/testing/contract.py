@@ -116,7 +116,8 @@ class TechniqueContract:
     """Promises of every technique. `technique` is its name; `models` the small models it is tried on.
 
     `most_options`: how many options of a site are tried, evenly spread. `size_slack_bytes`: how far the estimate of
-    bytes may be off. `noise_factor`: how many times the noise found may exceed its estimate.
+    bytes may be off. `noise_factor`: how many times the noise found may exceed its estimate. `plain_per_channel`:
+    whether plain rounding, which must not be better, has a scale for each channel or one for all.
     """
 
     technique: ClassVar[str] = ""
@@ -124,6 +125,7 @@ class TechniqueContract:
     most_options: ClassVar[int] = 7
     size_slack_bytes: ClassVar[int] = 300
     noise_factor: ClassVar[float] = 4.0
+    plain_per_channel: ClassVar[bool] = True
 
     @pytest.fixture(params=graphs.NAMES)
     def model(self, request: pytest.FixtureRequest) -> str:
@@ -230,7 +232,7 @@ class TechniqueContract:
             other = weight.to_matrix(stored).astype(np.float64)
         else:
             top = 2 ** (plain_bits - 1) - 1
-            step = np.abs(matrix).max(axis=2, keepdims=True) / top
+            step = np.abs(matrix).max(axis=2 if self.plain_per_channel else (0, 1, 2), keepdims=True) / top
             other = np.rint(matrix / np.where(step > 0, step, 1)) * step
         error = matrix - other
         spread = second - mean[:, :, None] * mean[:, None, :]
