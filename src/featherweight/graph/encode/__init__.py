@@ -11,11 +11,13 @@ from featherweight.graph.encode.layout import Encoded
 from featherweight.graph.encode.make import bitmask, block4, decode, dequantize, float16, int_tensor, linear, palette
 from featherweight.graph.encode.recipes import shared_bytes, sizes
 from featherweight.graph.encode.recognise import read
-from featherweight.graph.encode.write import attach
+from featherweight.graph.encode.rows import lookup
+from featherweight.graph.encode.write import attach, attach_lookup
 
 __all__ = [
     "Encoded",
     "attach",
+    "attach_lookup",
     "bitmask",
     "block4",
     "decode",
@@ -23,6 +25,7 @@ __all__ = [
     "float16",
     "int_tensor",
     "linear",
+    "lookup",
     "palette",
     "read",
     "shared_bytes",

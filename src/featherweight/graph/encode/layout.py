@@ -69,6 +69,12 @@ class Layout:
         return (*self.shape[:axis], self.n_blocks, self.block, *self.shape[axis + 1 :])
 
     @property
+    def book_levels(self) -> int:
+        """Levels a codebook is stored with: all that a byte's fields can name where whole bytes are looked up."""
+        by_byte = self.form == "planes" and self.groups == 1 and len(digits(self.bits)) == 1
+        return 1 << self.bits if by_byte else self.levels
+
+    @property
     def code_shape(self) -> tuple[int, ...]:
         """The shape in which codes are unpacked."""
         return self.blocked_shape if self.block and self.kind == "linear" else self.shape

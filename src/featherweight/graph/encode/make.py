@@ -9,6 +9,7 @@ import numpy as np
 from featherweight.errors import TechniqueError
 from featherweight.graph.encode import codes as _codes
 from featherweight.graph.encode import recipes
+from featherweight.graph.encode import rows as _rows
 from featherweight.graph.encode.layout import (
     Encoded,
     Kind,
@@ -213,18 +214,24 @@ def arrays_of(encoded: Encoded) -> dict[str, Array]:
         padded = np.append(fields["values"], np.zeros(1, fields["values"].dtype))
         stored = {"mask": np.packbits(fields["mask"].reshape(-1), bitorder="little"), "values": padded}
         return {**stored, "scale": fields["scale"]} if layout.integer else stored
+    if layout.kind == "lookup":
+        if layout.inner == "palette":
+            return {**_rows.pack_rows(fields["indices"], layout), "codebook": _stored_book(encoded)}
+        return {**_rows.pack_rows(fields["codes"], layout), "scale": fields["scale"]}
     if layout.kind == "palette":
-        stored = {**_codes.pack(fields["indices"], layout), "codebook": fields["codebook"]}
-        if layout.groups > 1:
-            first = np.arange(layout.groups, dtype=np.int32) * layout.levels
-            stored["offsets"] = np.repeat(first, layout.shape[0] // layout.groups)
-        return stored
+        return {**_codes.pack(fields["indices"], layout), "codebook": _stored_book(encoded)}
     codes = fields["codes"]
     if layout.block and layout.kind == "linear" and layout.axis is not None:
         missing = layout.n_blocks * layout.block - layout.shape[layout.axis]
         codes = np.pad(codes, [(0, missing if i == layout.axis else 0) for i in range(codes.ndim)])
     packed = _codes.pack(codes.reshape(layout.code_shape), layout)
     return packed if layout.kind == "int_tensor" else {**packed, "scale": fields["scale"]}
+
+
+def _stored_book(encoded: Encoded) -> Array:
+    book: Array = encoded.fields["codebook"]
+    missing = encoded.layout.book_levels - book.shape[-1]
+    return np.pad(book, (0, missing), mode="edge") if missing else book
 
 
 def from_arrays(arrays: dict[str, Array], layout: Layout) -> Encoded:
@@ -238,11 +245,14 @@ def from_arrays(arrays: dict[str, Array], layout: Layout) -> Encoded:
             return encoded(layout, mask=mask, values=values)
         scale = arrays["scale"].reshape(layout.scale_shape)
         return encoded(layout, mask=mask, values=values.astype(np.int8), scale=scale)
+    if layout.kind == "lookup":
+        codes = _rows.unpack_rows(arrays, layout, signed=layout.inner == "linear")
+        if layout.inner == "palette":
+            return encoded(layout, indices=codes, codebook=arrays["codebook"])
+        return encoded(layout, codes=codes, scale=arrays["scale"].reshape(layout.scale_shape))
     if layout.kind == "palette":
         indices = _codes.unpack(arrays, layout, layout.shape, signed=False)
-        book = arrays["codebook"]
-        book = book if layout.groups == 1 else book.reshape(layout.groups, -1)
-        return encoded(layout, indices=indices, codebook=book)
+        return encoded(layout, indices=indices, codebook=arrays["codebook"])
     codes = _codes.unpack(arrays, layout, layout.code_shape, signed=True)
     if layout.kind == "int_tensor":
         return encoded(layout, codes=codes)

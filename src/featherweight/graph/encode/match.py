@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from featherweight.graph.encode.sink import Fixed, Op
+from featherweight.graph.encode.sink import Fixed, Free, Op
 
 Array = np.ndarray[Any, Any]
-Found = dict[str, ir.TensorProtocol]
+INDEX = "index"
+"""Key under which the value that matched a Free leaf is found; all others are tensors."""
+Found = dict[str, Any]
 
 
 def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -39,6 +41,8 @@ def match(tree: Any, value: ir.Value | None, found: Found, *, exact: bool) -> bo
         return False
     if isinstance(tree, Op):
         return _match_op(tree, value, found, exact=exact)
+    if isinstance(tree, Free):
+        return found.setdefault(INDEX, value) is value
     tensor = constant(value)
     if tensor is None:
         return False

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from featherweight.graph.encode import codes
+from featherweight.graph.encode import codes, rows
 from featherweight.graph.encode.layout import Encoded, Form, Kind, Layout
 from featherweight.graph.encode.sink import (
     BOOL,
@@ -94,7 +94,8 @@ def _dequantize(sink: Sink[H], layout: Layout) -> H:
 
 
 def _codebook(sink: Sink[H], layout: Layout) -> H:
-    return sink.data("codebook", (layout.groups * layout.levels,), INT8 if layout.integer else FLOAT)
+    shape = (layout.book_levels,) if layout.groups == 1 else (layout.groups, layout.levels)
+    return sink.data("codebook", shape, INT8 if layout.integer else FLOAT)
 
 
 def _palette(sink: Sink[H], layout: Layout) -> H:
@@ -105,13 +106,12 @@ def _palette(sink: Sink[H], layout: Layout) -> H:
         stored = sink.data(f"field{layout.bits}", codes.packed_shapes(layout.bits, layout.size)[layout.bits], UINT8)
         value = sink.op("Gather", table, cast(sink, stored, INT32))
         return codes.trim(sink, value, codes.padded_size(layout.bits, layout.size), layout.shape)
-    index = cast(sink, codes.emit(sink, layout, layout.shape, signed=False), INT32)
-    if layout.groups > 1:
-        first = np.arange(layout.groups, dtype=np.int32) * layout.levels
-        rows = layout.shape[0] // layout.groups
-        each = np.repeat(first, rows).reshape(-1, *(1,) * (len(layout.shape) - 1))
-        index = sink.op("Add", index, sink.data("offsets", each.shape, INT32))
-    return sink.op("Gather", book, index)
+    if layout.groups == 1:
+        return sink.op("Gather", book, cast(sink, codes.emit(sink, layout, layout.shape, signed=False), INT32))
+    runs = (layout.groups, layout.size // layout.groups)
+    index = cast(sink, codes.emit(sink, layout, runs, signed=False), INT32)
+    value = sink.op("GatherElements", book, index, axis=1)
+    return value if runs == layout.shape else sink.op("Reshape", value, sink.fixed(np.array(layout.shape, np.int64)))
 
 
 def _bitmask(sink: Sink[H], layout: Layout) -> H:
@@ -161,6 +161,8 @@ def stored(layout: Layout) -> Iterator[Layout]:
 @lru_cache(maxsize=65536)
 def nbytes(layout: Layout) -> int:
     """Bytes the encoding adds to a file, shared tables not counted."""
+    if layout.kind == "lookup":
+        return rows.nbytes(layout)
     tally = Tally()
     emit(tally, layout)
     plain = layout.kind == "int_tensor" and layout.form == "int8"
@@ -171,7 +173,10 @@ def nbytes(layout: Layout) -> int:
 def _shared_nbytes(layout: Layout) -> int:
     """Bytes of the tables this layout shares with every other encoding of a model (written once)."""
     tally = Tally()
-    emit(tally, layout)
+    if layout.kind == "lookup":
+        rows.emit(tally, layout, 0)
+    else:
+        emit(tally, layout)
     return sum(tally.shared_names.values())
 
 
@@ -182,7 +187,8 @@ def sizes(
     """`Encoded.nbytes` of a tensor of this shape without building it; remembered, so the search may call it freely.
 
     `axis`, `block`, `half_scale` as in `linear`; `groups`, `levels` (2**bits), `integer` (int8 codebook) as in
-    `palette`; `nnz` set bits of a `bitmask`, `scaled` if its values are codes.
+    `palette`; `nnz` set bits of a `bitmask`, `scaled` if its values are codes. A `lookup`
+    is of a palette if `levels` is given.
     """
     if kind == "bitmask":
         width = (4 if bits <= 4 else 8) if scaled else 32
@@ -190,6 +196,8 @@ def sizes(
     if kind == "palette":
         levels = 1 << bits if levels is None else levels
         return _size(Layout(kind, shape, bits, groups=groups, levels=levels, integer=integer))
+    if kind == "lookup":
+        return nbytes(rows.lookup_layout(Layout("linear", shape, bits, axis=axis, block=block, half_scale=half_scale)))
     if kind in ("linear", "dequantize"):
         return _size(Layout(kind, shape, bits, axis=axis, block=block, half_scale=half_scale))
     return _size(Layout(kind, shape, bits if kind == "int_tensor" else 16))

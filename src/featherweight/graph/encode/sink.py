@@ -63,7 +63,7 @@ def tensor_bytes(shape: tuple[int, ...], dtype: ir.DataType) -> int:
 
 
 _NAME = 6  # a short generated name with its tag and length
-_SHARED_NAME = 9
+_SHARED_NAME = 7
 
 
 class Tally:
@@ -114,6 +114,11 @@ class Fixed:
     """Leaf of a Tree: a constant of known content."""
 
     array: np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Free:
+    """Leaf of a Tree: any value, but the same one wherever it appears (the indices of a lookup)."""
 
 
 @dataclass(frozen=True)

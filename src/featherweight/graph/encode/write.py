@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from featherweight.errors import ModelError
+from featherweight.errors import ModelError, TechniqueError
 from featherweight.graph import surgery
-from featherweight.graph.encode import make, recipes
+from featherweight.graph.encode import make, recipes, rows
 from featherweight.graph.encode.codes import pack_bytes
 from featherweight.graph.encode.layout import Encoded
 from featherweight.graph.encode.match import match
@@ -41,13 +42,17 @@ class Writer:
     """A Sink that makes nodes for one graph of a model; they are inserted by `place`."""
 
     def __init__(
-        self, model: ir.Model, graph: ir.Graph, arrays: Mapping[str, Array], namer: Callable[[], str] | None = None
-    ) -> None:
+        self, model: ir.Model, graph: ir.Graph, arrays: Mapping[str, Array], namer: Callable[[], str] | None = None,
+        stored: dict[str, ir.Value] | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.graph, self.arrays = model, graph, arrays
         self.namer = namer or Namer(model)
         self.nodes: list[ir.Node] = []
+        self.stored = {} if stored is None else stored
 
     def data(self, key: str, shape: tuple[int, ...], dtype: ir.DataType) -> ir.Value:
+        if key in self.stored:
+            return self.stored[key]
         array = self.arrays[key]
         tensor: ir.TensorProtocol
         if dtype in (INT4, UINT4):
@@ -56,7 +61,8 @@ class Writer:
             tensor = ir.PackedTensor(packed, dtype, shape=ir.Shape(shape))
         else:
             tensor = ir.Tensor(np.array(array.reshape(shape), dtype.numpy(), order="C"))
-        return surgery.add_initializer(self.graph, self.namer(), tensor)
+        self.stored[key] = surgery.add_initializer(self.graph, self.namer(), tensor)
+        return self.stored[key]
 
     def fixed(self, array: Array) -> ir.Value:
         return surgery.add_initializer(self.graph, self.namer(), array)
@@ -71,7 +77,7 @@ class Writer:
         taken = [n.outputs[0] for n in main if n.outputs and n.outputs[0].name == name]
         if taken and match(build(Tree()), taken[0], {}, exact=True):
             return taken[0]
-        root = Writer(self.model, main, {}, lambda: f"{_SHARED}{self.namer()}")
+        root = Writer(self.model, main, {}, _shared_namer(self.namer))
         value = build(root)
         if not taken:
             value.name = name
@@ -86,6 +92,8 @@ def attach(model: ir.Model, value: ir.Value, encoded: Encoded) -> ir.Value:
     Every reader (in sub-graphs too) reads the decoded value, which is returned; `value` is gone afterwards.
     Raises ModelError if `value` is no initializer, may be overridden by the caller, or the opset is below 21.
     """
+    if encoded.kind == "lookup":
+        return _attach_lookup(model, value, encoded)
     name, graph = check_replaceable(model, value)
     writer = Writer(model, graph, make.arrays_of(encoded))
     new = recipes.emit(writer, encoded.layout)
@@ -100,6 +108,51 @@ def attach(model: ir.Model, value: ir.Value, encoded: Encoded) -> ir.Value:
     new.type = ir.TensorType(INT8 if integer else FLOAT)
     new.shape = ir.Shape(encoded.shape)
     return new
+
+
+def attach_lookup(model: ir.Model, value: ir.Value, encoded: Encoded) -> ir.Value:
+    """`attach` of `lookup(encoded)`: rows are taken coded and decoded after. Returns the last decoded output."""
+    return attach(model, value, rows.lookup(encoded))
+
+
+def _attach_lookup(model: ir.Model, value: ir.Value, encoded: Encoded) -> ir.Value:
+    name, graph = check_replaceable(model, value)
+    uses = list(value.uses())
+    for node, index in uses:
+        axis = node.attributes.get("axis")
+        if node.op_type != "Gather" or index != 0 or (axis is not None and axis.value != 0):
+            raise TechniqueError(
+                f"every reader of a looked-up table must be a Gather on axis 0, but {name!r} is input {index} of "
+                f"{node.op_type} {node.name!r}; attach it folded instead"
+            )
+    if not uses or value.is_graph_output():
+        raise TechniqueError(
+            f"a looked-up table must be read by Gather nodes only, but {name!r} is not; keep it folded"
+        )
+    stored: dict[str, ir.Value] = {}
+    namer, arrays = Namer(model), make.arrays_of(encoded)
+    for node, _ in uses:
+        indices = node.inputs[1]
+        assert indices is not None, "a Gather has indices"
+        rank = rows.UNKNOWN_RANK if indices.shape is None else len(indices.shape)
+        writer = Writer(model, graph, arrays, namer, stored)
+        new = rows.emit(writer, dataclasses.replace(encoded.layout, rank=rank), indices)
+        surgery.insert_before(node, writer.nodes)
+        _take_over(node, new)
+    _shared_first(model.graph)
+    surgery.remove_initializer(value)
+    next(v for k, v in stored.items() if k not in ("codebook", "scale")).name = name
+    return new
+
+
+def _take_over(node: ir.Node, new: ir.Value) -> None:
+    """Put `new` in the place of the output of `node`, which goes."""
+    old = node.outputs[0]
+    name = old.name
+    surgery.replace_uses(old, new)
+    new.type, new.shape = old.type or ir.TensorType(FLOAT), old.shape
+    surgery.remove_node(node)
+    new.name = name
 
 
 def check_replaceable(model: ir.Model, value: ir.Value) -> tuple[str, ir.Graph]:
@@ -135,6 +188,14 @@ def _insert_first(graph: ir.Graph, nodes: list[ir.Node]) -> None:
         graph.extend(nodes)
     else:
         graph.insert_before(follower, nodes)
+
+
+def _shared_namer(namer: Callable[[], str]) -> Callable[[], str]:
+    def name() -> str:
+        given = namer()
+        return given if given.startswith(_SHARED) else _SHARED + given
+
+    return name
 
 
 def _is_shared(node: ir.Node) -> bool:
