@@ -117,25 +117,28 @@ def _widens(node: ir.Node, tensor: ir.TensorProtocol) -> bool:
     return to == tensor.dtype or (to == ir.DataType.FLOAT and tensor.dtype != ir.DataType.FLOAT)
 
 
-def fold_expressions(model: ir.Model) -> str:
-    """Compute what depends on constants only, where the result is not larger than what it replaces."""
+def fold_expressions(model: ir.Model, *, inputs_below_bytes: int = 1 << 62) -> str:
+    """Compute what depends on constants only, where the result is not larger than what it replaces.
+
+    `inputs_below_bytes` leaves alone what reads a larger constant.
+    """
     total = 0
     namer = surgery.Namer(model)
     for graph in model.graphs():
         for node in list(graph):
-            total += _fold_expression(node, graph, namer)
+            total += _fold_expression(node, graph, namer, inputs_below_bytes)
     if total:
         surgery.remove_unused(model)
     return f"{total} constant expressions computed" if total else ""
 
 
-def _fold_expression(node: ir.Node, graph: ir.Graph, namer: surgery.Namer) -> bool:
+def _fold_expression(node: ir.Node, graph: ir.Graph, namer: surgery.Namer, below: int) -> bool:
     if node.domain != "" or node.op_type not in _ARITHMETIC or not node.inputs:
         return False
     if any(o.is_graph_output() for o in node.outputs):
         return False
     tensors = [surgery.constant_tensor(v) for v in node.inputs if v is not None]
-    if not tensors or any(t is None or t.dtype == ir.DataType.STRING for t in tensors):
+    if not tensors or any(t is None or t.dtype == ir.DataType.STRING or t.nbytes >= below for t in tensors):
         return False
     if node.op_type == "Cast" and not _cast_may_fold(node, tensors[0]):
         return False

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from featherweight.graph import fold, surgery
 
 _HIDDEN_BYTES = 1024
+_SMALL_BYTES = 8192
 _ROUNDS = 16
 """Shapes computed from shapes computed from shapes: each round settles one level."""
 
@@ -67,7 +68,9 @@ def infer(model: ir.Model, input_shapes: Mapping[str, tuple[int, ...]] | None = 
         known.update(_infer_once(work))
         if not _fix_computed_shapes(work, known):
             break
-        fold.fold_expressions(work)
+        fold.fold_expressions(work, inputs_below_bytes=_SMALL_BYTES)
+        for value in (v for g in work.graphs() for v in g.initializers.values() if v.name):
+            known[value.name or ""] = Known(value.type, value.shape)
     return known
 
 
