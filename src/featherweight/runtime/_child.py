@@ -82,8 +82,8 @@ def _failure(error: BaseException) -> tuple[Any, ...]:
     import traceback
 
     text = "".join(traceback.format_exception(error))
-    kind = type(error)
-    return ("error", kind.__module__, kind.__qualname__, str(error), text)
+    kinds = [(kind.__module__, kind.__qualname__) for kind in type(error).__mro__]
+    return ("error", kinds, str(error), text)
 
 
 def _answer(conn: Any, answer: tuple[Any, ...]) -> None:

@@ -137,7 +137,7 @@ class Worker:
             return
         self._kill()
         ours, theirs = Pipe(duplex=True)
-        log = tempfile.TemporaryFile(mode="ab+", buffering=0)  # noqa: SIM115  (lives as long as the child)
+        log = tempfile.TemporaryFile(mode="wb+", buffering=0)  # noqa: SIM115  (lives as long as the child)
         handle = theirs.fileno()
         boot = {
             "handle": handle,
@@ -160,7 +160,8 @@ class Worker:
     def _send(self, message: tuple[Any, ...], what: str) -> None:
         assert self._log is not None
         with contextlib.suppress(OSError):
-            os.ftruncate(self._log.fileno(), 0)
+            self._log.seek(0)  # parent and child share one position in the file
+            self._log.truncate()
         try:
             _wire.send(self._conn, message)
         except (BrokenPipeError, ConnectionResetError):
@@ -290,21 +291,18 @@ def _rebuilt(answer: tuple[Any, ...], what: str) -> BaseException:
             f"the child process must be able to import what it is given, but {answer[1]}; "
             "put the function into a module of its own"
         )
-    _, module, name, message, trace = answer
-    kind = getattr(errors, name, None) if module == errors.__name__ else None
-    if module == "builtins":
-        kind = getattr(builtins, name, None)
-    if kind is MemoryError:
+    _, kinds, message, trace = answer
+    if ("builtins", "MemoryError") in kinds:
         return ChildCrashed(f"the child process ran out of memory while {what}")
-    error: BaseException
+    module, name = kinds[0]
+    kind = getattr(builtins, name, None) if module == "builtins" else None
+    for base_module, base_name in kinds:
+        if base_module == errors.__name__:
+            kind = getattr(errors, base_name)
+            break
+    error: BaseException = RuntimeError(f"{module}.{name}: {message}")
     if isinstance(kind, type) and issubclass(kind, Exception):
-        try:
+        with contextlib.suppress(TypeError):  # UnicodeDecodeError and the like take more than a text
             error = kind(message)
-        except TypeError:  # UnicodeDecodeError and the like take more than a text
-            error = RuntimeError(f"{name}: {message}")
-    elif module == NotShippableError.__module__ and name == NotShippableError.__name__:
-        error = NotShippableError(message)
-    else:
-        error = RuntimeError(f"{module}.{name}: {message}")
     error.add_note(f"In the child process, while {what}:\n{trace}")
     return error
