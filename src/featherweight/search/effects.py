@@ -6,7 +6,7 @@ noise at its consumers reaches the model's outputs, from a real run with a known
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -47,8 +47,10 @@ def build_effects(
     ctx: Context,
     facts: Mapping[str, SiteFacts],
     progress: Progress,
+    *,
+    admit: Callable[[Action], bool] = lambda _action: True,
 ) -> Effects:
-    """Estimate every option of every technique at every site. An option that gains nothing is refused with a note."""
+    """Estimate every admitted option at every site; one that gains nothing is refused with a note."""
     table: dict[str, list[Choice]] = {}
     refused: list[Note] = []
     progress.start("estimating effects", len(sites))
@@ -59,7 +61,7 @@ def build_effects(
         for technique in techniques:
             if name not in owned[technique.name]:
                 continue
-            for action in technique.options(model, site, ctx):
+            for action in filter(admit, technique.options(model, site, ctx)):
                 choice = _choice(model, site, action, technique, ctx, facts[name])
                 if choice is None:
                     worthless.append(str(action))

@@ -53,10 +53,8 @@ def _outcome(found: Found, broken: list[str]) -> tuple[str, str]:
         return "met", f"every limit holds on unseen data; {found.stop_reason}"
     if found.best is not None:
         return "not met", f"within the limits on validation data, but on unseen data {'; '.join(broken)}"
-    return (
-        "not met",
-        f"not found within {len(found.attempts)} candidates; the nearest misses: {'; '.join(broken) or found.stop_reason}",
-    )
+    missed = "; ".join(broken) or found.stop_reason
+    return "not met", f"not found within {len(found.attempts)} candidates; the nearest misses: {missed}"
 
 
 def _say_what_is_uncertain(problem: Problem, drop: significance.Drop | None) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from featherweight.core import Site
+from featherweight.core import Action, Site
 from featherweight.graph import cost, io
 from featherweight.graph.weights import Weight, weights
 from featherweight.search import probe
@@ -50,7 +51,13 @@ def context(problem: Problem, stats: Statistics | None) -> Context:
     return Context(problem.profile, stats, problem.request.seed, problem.keep_float)
 
 
-def survey(problem: Problem, ctx: Context, *, with_gains: bool) -> Ground:
+def survey(
+    problem: Problem,
+    ctx: Context,
+    *,
+    with_gains: bool,
+    admit: Callable[[Action], bool] = lambda _action: True,
+) -> Ground:
     """List sites, estimate every option; with gains probed by real runs where asked."""
     sites = all_sites(problem.model, problem.techniques.values())
     by_name = {w.name: w for w in weights(problem.model)}
@@ -59,7 +66,8 @@ def survey(problem: Problem, ctx: Context, *, with_gains: bool) -> Ground:
         name: SiteFacts(_site_ms(problem, site), _resident(by_name.get(name), site), gain.get(name, 1.0))
         for name, site in sites.items()
     }
-    effects = build_effects(problem.model, sites, list(problem.techniques.values()), ctx, facts, problem.progress)
+    techniques = list(problem.techniques.values())
+    effects = build_effects(problem.model, sites, techniques, ctx, facts, problem.progress, admit=admit)
     return Ground(ctx, sites, effects)
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from featherweight.core import Attempt, Budget, Plan
+from featherweight.core import Action, Attempt, Budget, Plan
 from featherweight.graph import cost
 from featherweight.search import bounds
 from featherweight.search.baseline import Baseline, base, interface
@@ -56,21 +56,21 @@ def fit(problem: Problem, known: Baseline, *, first_is_enough: bool) -> Found:
 def plain_int8(problem: Problem, known: Baseline, *, first_is_enough: bool) -> Found:
     """Every layer at 8 bits, on integer kernels where they are faster; what hurts stays in float, by measurement."""
     ctx = context(problem, statistics(problem))
-    found = Found(survey(problem, ctx, with_gains=False))
+    found = Found(survey(problem, ctx, with_gains=False, admit=stores_eight_bits))
     for table in _variants(problem, found.ground):
         _run(problem, known, found, table, first_cap=NO_CAP, enough=first_is_enough, candidates=1)
         if found.interrupted:
             return found
     if found.best is None:
-        found.ground = survey(problem, ctx, with_gains=True)
-        table = eight_bit(found.ground.effects.table)
+        found.ground = survey(problem, ctx, with_gains=True, admit=stores_eight_bits)
+        table = found.ground.effects.table
         worst = propose(_state(problem, known, found, table))
         cap = NO_CAP if worst is None else max(worst.predicted.loss / 3, 1e-8)
         _run(problem, known, found, table, first_cap=cap, enough=first_is_enough)
     if found.best is not None and found.best.measured is not None and not found.interrupted:
         ratio = found.best.measured.latency_ratio
         if ratio is not None and ratio >= 1 and _uses_integers(found.best.plan):
-            table = without(eight_bit(found.ground.effects.table), INTEGER_TECHNIQUES)
+            table = without(found.ground.effects.table, INTEGER_TECHNIQUES)
             _run(problem, known, found, table, first_cap=NO_CAP, enough=first_is_enough, candidates=1)
     return found
 
@@ -161,7 +161,7 @@ def _run(
 
 def _variants(problem: Problem, ground: Ground) -> list[dict[str, list[Choice]]]:
     """The 8-bit tables worth measuring: the solver's own choice, and each integer technique alone where contested."""
-    table = eight_bit(ground.effects.table)
+    table = ground.effects.table
     macs = problem.facts.get("macs", {})
 
     def work(site: str) -> float:
@@ -182,13 +182,9 @@ def _uses_integers(plan: Plan) -> bool:
     return any(a.technique in INTEGER_TECHNIQUES for d in plan.decisions for a in d.actions)
 
 
-def eight_bit(table: Mapping[str, Sequence[Choice]]) -> dict[str, list[Choice]]:
-    """Only `keep` and decisions that store weights as 8-bit integers."""
-
-    def plain(choice: Choice) -> bool:
-        return all(a.get("weight_bits", a.get("bits", 0)) == 8 for a in choice.decision.actions)
-
-    return {site: [c for c in choices if plain(c)] for site, choices in table.items()}
+def stores_eight_bits(action: Action) -> bool:
+    """True for actions that store weights as plain 8-bit integers, one scale a channel or tensor."""
+    return action.get("weight_bits", action.get("bits", 0)) == 8 and not action.get("block", 0)
 
 
 def without(table: Mapping[str, Sequence[Choice]], names: frozenset[str] | set[str]) -> dict[str, list[Choice]]:
@@ -204,4 +200,4 @@ def keep_everything(ground: Ground) -> Plan:
     return dataclasses.replace(Plan(()), decisions=tuple(cs[0].decision for cs in ground.effects.table.values()))
 
 
-__all__ = ["Found", "eight_bit", "fit", "fronts", "keep_everything", "plain_int8", "without"]
+__all__ = ["Found", "fit", "fronts", "keep_everything", "plain_int8", "stores_eight_bits", "without"]
