@@ -16,20 +16,19 @@ from types import ModuleType
 
 from featherweight.core import STAGES
 from featherweight.errors import TechniqueError
+from featherweight.techniques._plain import quantize_model
 from featherweight.techniques._protocol import Context, Estimate, Technique
 
 ENTRY_POINT_GROUP = "featherweight.techniques"
 
-__all__ = ["ENTRY_POINT_GROUP", "Context", "Estimate", "Technique", "all_techniques", "get"]
+__all__ = ["ENTRY_POINT_GROUP", "Context", "Estimate", "Technique", "all_techniques", "get", "quantize_model"]
 
 
 def checked(module: ModuleType, name: str) -> Technique:
     """The TECHNIQUE of `module`. Raises TechniqueError if it is missing, unnamed, misnamed or incomplete."""
     technique = getattr(module, "TECHNIQUE", None)
     if technique is None:
-        raise TechniqueError(
-            f"technique file {module.__name__!r} must end with TECHNIQUE = Class(), but has none"
-        )
+        raise TechniqueError(f"technique file {module.__name__!r} must end with TECHNIQUE = Class(), but has none")
     if not isinstance(technique, Technique):
         wanted = ("name", "stage", "sites", "options", "estimate", "apply", "finish")
         lacks = [m for m in wanted if not hasattr(technique, m)]
