@@ -116,7 +116,11 @@ class Worker:
         with self._lock:
             try:
                 self._start()
-                self._send((func, args, kwargs), what)
+                if not self._send((func, args, kwargs)):  # it died while idle, so nothing of this call has run yet
+                    self._kill()
+                    self._start()
+                    if not self._send((func, args, kwargs)):
+                        raise self._crashed(what)
                 answer = self._wait(limit, progress, what)
             except NotShippableError:
                 raise
@@ -157,7 +161,8 @@ class Worker:
         self._process, self._conn, self._log = process, ours, log
         self._finalizer = weakref.finalize(self, _end, process, ours, log)
 
-    def _send(self, message: tuple[Any, ...], what: str) -> None:
+    def _send(self, message: tuple[Any, ...]) -> bool:
+        """False if the child is gone."""
         assert self._log is not None
         with contextlib.suppress(OSError):
             self._log.seek(0)  # parent and child share one position in the file
@@ -165,11 +170,12 @@ class Worker:
         try:
             _wire.send(self._conn, message)
         except (BrokenPipeError, ConnectionResetError):
-            raise self._crashed(what) from None
+            return False
         except Exception as e:
             raise NotShippableError(
                 f"what goes to the child process must be plain data or functions of a module: {e}"
             ) from e
+        return True
 
     def _wait(self, limit: float | None, progress: ProgressCallback | None, what: str) -> tuple[Any, ...]:
         deadline = None if limit is None else time.monotonic() + limit
