@@ -72,7 +72,8 @@ def compare(task: Task, labels: np.ndarray, original: np.ndarray, candidate: np.
     for i in range(RESAMPLES):
         rows = rng.integers(0, len(labels), len(labels))
         drops[i] = spearman(before[rows], labels[rows]) - spearman(after[rows], labels[rows])
-    tail = min((drops <= 0).mean(), (drops >= 0).mean())
+    # One is added so that no finite number of resamples claims a probability of zero.
+    tail = (1 + min((drops <= 0).sum(), (drops >= 0).sum())) / (1 + RESAMPLES)
     cosine = float((unit(original) * unit(candidate)).sum(1).mean())
     return Quality(metric, baseline - metric, float(min(1.0, 2 * tail)), cosine, len(labels))
 
