@@ -75,7 +75,9 @@ def test_error_is_true_and_better_than_clustering_alone(bits, options, shape):
     fed = _codebook.quantize(w, c, bits=bits, **options)
     truth = output_error(w, c, fed.decoded())
     assert fed.error * np.einsum("gok,gkl,gol->", w, c, w) == pytest.approx(truth, rel=2e-3)
-    assert truth < 0.8 * output_error(w, c, alone.decoded())
+    # With nearly a level for each weight there is nothing left to compensate.
+    share = 1.0001 if 2**bits * len(fed.codebook) > w.size / 4 else 0.8
+    assert truth < share * output_error(w, c, alone.decoded())
     assert len(np.unique(fed.codebook, axis=1)[0]) <= 2**bits
 
 

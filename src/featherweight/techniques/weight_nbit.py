@@ -8,7 +8,6 @@ runtime keeps 4-bit blocks in memory and computes with them (MatMulNBits).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -21,6 +20,7 @@ from featherweight.graph import encode
 from featherweight.graph import weights as graph_weights
 from featherweight.graph.weights import Weight
 from featherweight.techniques import _absorb, _gptq, _place, _scales
+from featherweight.techniques._profile import profile, refusal
 from featherweight.techniques._protocol import Context, Estimate, Technique
 
 F32 = npt.NDArray[np.float32]
@@ -29,22 +29,8 @@ BITS = (8, 7, 6, 5, 4, 3, 2)
 BLOCKS = (32, 64, 128)
 #: Below this many elements the nodes that decode a weight cost more than they save.
 MIN_ELEMENTS = 64
-#: Measured over the layers of EfficientNet-Lite0: error found / (plain error * pivots), 0.90 to 0.94 at all widths.
-COMPENSATION = 0.92
 #: MatMulNBits rounds activations to 8 bits a block: relative squared error of blocks of 32 normal values.
 NBITS_ACTIVATION_NOISE = 5e-5
-ESTIMATE_ROWS = 192
-
-
-@dataclass(frozen=True)
-class _Profile:
-    """What estimates of one weight share: rows looked at, importance, share left after compensation, signal."""
-
-    rows: F32
-    importance: F32
-    left: F64
-    row_weight: F64
-    signal: float
 
 
 class WeightNbit:
@@ -79,17 +65,17 @@ class WeightNbit:
         """Exact bytes; noise is plain rounding's error (some rows) times what compensation leaves of it."""
         weight = _place.find(model, site.name)
         bits, block, nbits = _params(action, weight)
-        profile = _profile(weight, ctx)
+        facts = profile(weight, ctx)
         scale_bytes = _place.encoded_bytes(weight, bits, block, nbits=nbits)
         found = _absorb.slot(weight) if _absorb.moments(weight, ctx).mean is not None else None
         size = scale_bytes + _absorb.added_bytes(found)
-        if profile.signal <= 0:
+        if facts.signal <= 0:
             return Estimate(size, 0.0)
-        rows = np.ascontiguousarray(profile.rows.transpose(0, 2, 1))
-        grid = _scales.first_grid(rows, profile.importance, bits=bits, block=block)
+        rows = np.ascontiguousarray(facts.rows.transpose(0, 2, 1))
+        grid = _scales.first_grid(rows, facts.importance, bits=bits, block=block)
         E = _rounding_error(rows, grid)
-        error = np.einsum("gk,gko,gko->go", profile.importance, E, E, dtype=np.float64)
-        noise = float((error * profile.row_weight * profile.left[:, None]).sum()) / profile.signal
+        error = np.einsum("gk,gko,gko->go", facts.importance, E, E, dtype=np.float64)
+        noise = float((error * facts.row_weight * facts.left[:, None]).sum()) / facts.signal
         return Estimate(size, noise + (NBITS_ACTIVATION_NOISE if nbits else 0.0))
 
     def apply(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> tuple[Site, ...]:
@@ -119,16 +105,6 @@ class WeightNbit:
         """Nothing is left to do."""
 
 
-def refusal(weight: Weight, ctx: Context) -> str:
-    """Why this weight keeps its float values, or ''."""
-    kept = [use.path for use in weight.uses if use.path in ctx.keep_float or use.node.name in ctx.keep_float]
-    if kept:
-        return f"{kept[0]} was asked to stay float"
-    if not np.isfinite(weight.array()).all():
-        return "it holds NaN or infinity"
-    return ""
-
-
 def _params(action: Action, weight: Weight) -> tuple[int, int, bool]:
     """(bits, block, use MatMulNBits) of an action, checked. Raises TechniqueError."""
     bits, block, kernel = int(action.get("bits", 8)), int(action.get("block", 0)), action.get("kernel", "fold")
@@ -147,45 +123,6 @@ def _params(action: Action, weight: Weight) -> tuple[int, int, bool]:
             f"{[u.role for u in weight.uses]} with bits={bits}, block={block}"
         )
     return bits, block, kernel == "nbits"
-
-
-def _profile(weight: Weight, ctx: Context) -> _Profile:
-    """Cached facts for estimates. Rows beyond ESTIMATE_ROWS are sampled evenly."""
-    key = ("weight_nbit profile", ctx.stats.key if ctx.stats else "", weight.name)
-    if key in ctx.cache:
-        cached: _Profile = ctx.cache[key]
-        return cached
-    matrix = weight.to_matrix(weight.array())
-    g, out, k = matrix.shape
-    found = _absorb.moments(weight, ctx)
-    step = max(1, out // max(1, ESTIMATE_ROWS // g))
-    picked = np.arange(0, out, step)
-    counts = _absorb.row_weights(weight, ctx)
-    row_weight = np.full((1, len(picked)), out / len(picked))
-    if counts is not None:
-        row_weight = row_weight * counts[picked]
-    importance, left = np.ones((g, k), np.float32), np.ones(g)
-    if found.matrix is not None:
-        wide = found.matrix if found.matrix.ndim == 2 else np.einsum("gii->gi", found.matrix)
-        importance = np.maximum(wide, 1e-30).astype(np.float32)
-        left = COMPENSATION * pivot_share(found.matrix) if found.matrix.ndim == 3 else left
-    signal = _absorb.signal(matrix, found, weight, ctx)
-    profile = _Profile(np.ascontiguousarray(matrix[:, picked]), importance, left, row_weight, signal)
-    ctx.cache[key] = profile
-    return profile
-
-
-def pivot_share(C: F64) -> F64:
-    """Share (g,) of plain rounding's error that error feedback leaves: the pivots of C over its diagonal."""
-    diagonal = np.einsum("gii->gi", C)
-    order = np.argsort(-diagonal.sum(axis=0), kind="stable")
-    H = _gptq.damped(C[:, order[:, None], order], 0.01)
-    try:
-        lower = np.linalg.cholesky(H[:, ::-1, ::-1])
-    except np.linalg.LinAlgError:
-        return np.ones(len(C))
-    pivots = np.square(np.einsum("gii->gi", lower)).sum(axis=1)
-    return np.asarray(np.minimum(pivots / np.einsum("gii->g", H), 1.0))
 
 
 def _rounding_error(rows: F32, grid: _scales.LinearGrid) -> F32:
