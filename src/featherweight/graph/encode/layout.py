@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Literal
@@ -67,6 +67,11 @@ class Layout:
         """The shape with `axis` split in (blocks, block), padded to whole blocks."""
         axis = self.axis or 0
         return (*self.shape[:axis], self.n_blocks, self.block, *self.shape[axis + 1 :])
+
+    def canonical(self) -> Layout:
+        """The same with one scale placed per tensor: fewer bytes, and the runtime refuses one block in all."""
+        one = self.axis is not None and math.prod(self.scale_shape) == 1
+        return replace(self, axis=None, block=0) if one else self
 
     @property
     def book_levels(self) -> int:

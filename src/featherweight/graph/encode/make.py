@@ -61,7 +61,8 @@ def _scaled(kind: Kind, codes: Array, scale: Array | float, bits: int, *, axis: 
             f"the scale of codes {codes.shape} with {axis=}, {block=} must have shape {layout.scale_shape}, "
             f"but got {factor.shape}"
         )
-    return encoded(recipes.cheapest(layout), codes=codes.astype(np.int8), scale=factor)
+    layout = recipes.cheapest(layout.canonical())
+    return encoded(layout, codes=codes.astype(np.int8), scale=factor.reshape(layout.scale_shape))
 
 
 def _scale_array(scale: Array | float) -> Array:
@@ -135,7 +136,9 @@ def bitmask(
     )  # fmt: skip
     if factor.shape != layout.scale_shape:
         raise TechniqueError(f"the scale of this bitmask must have shape {layout.scale_shape}, but got {factor.shape}")
-    return encoded(recipes.cheapest(layout), mask=mask, values=values.astype(np.int8), scale=factor)
+    layout = recipes.cheapest(layout.canonical())
+    factor = factor.reshape(layout.scale_shape)
+    return encoded(layout, mask=mask, values=values.astype(np.int8), scale=factor)
 
 
 def float16(values: Array) -> Encoded:

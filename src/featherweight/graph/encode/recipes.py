@@ -205,7 +205,7 @@ def sizes(
 
 @lru_cache(maxsize=65536)
 def _size(layout: Layout) -> int:
-    return nbytes(cheapest(layout))
+    return nbytes(cheapest(layout.canonical()))
 
 
 def shared_bytes(encoded: Encoded) -> int:
