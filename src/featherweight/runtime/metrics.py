@@ -91,6 +91,8 @@ class Metric:
 
     def aggregate_many(self, per_sample: Float, labels: Array | None, rows: npt.NDArray[np.intp]) -> Float:
         """The metric over each row of `rows` (b, n): indices of the samples drawn. For resampling."""
+        if self.reduce is scores.spearman:
+            return scores.spearman_resampled(per_sample, labels, rows)
         return self.reduce(per_sample[rows], None if labels is None else labels[rows])
 
     def drop(self, baseline: float, value: float) -> float:

@@ -220,6 +220,29 @@ def spearman(values: Float, labels: Labels) -> Float:
     return np.asarray(np.where(norm > 0, (x * y).sum(axis=1) / np.where(norm > 0, norm, 1.0), 0.0))
 
 
+def spearman_resampled(values: Float, labels: Labels, rows: npt.NDArray[np.intp]) -> Float:
+    """`spearman` of each draw in `rows` (b, n) without sorting each: how often a value was drawn gives its ranks."""
+    if labels is None or len(values) < 2:
+        return spearman(values[rows], None if labels is None else labels[rows])
+    b, n = rows.shape
+    drawn = np.bincount((rows + np.arange(b)[:, None] * n).ravel(), minlength=b * n).reshape(b, n).astype(np.float64)
+    x, y = (_ranks_when_drawn(v.reshape(n), drawn) for v in (values, labels))
+    middle = (n + 1) / 2
+    x, y = x - middle, y - middle
+    norm = np.sqrt((drawn * x * x).sum(axis=1) * (drawn * y * y).sum(axis=1))
+    return np.asarray(np.where(norm > 0, (drawn * x * y).sum(axis=1) / np.where(norm > 0, norm, 1.0), 0.0))
+
+
+def _ranks_when_drawn(values: Array, drawn: Float) -> Float:
+    """Mean rank (b, n) of each value among a draw that holds it `drawn` (b, n) times; ties share theirs."""
+    _, first, group = np.unique(values, return_index=True, return_inverse=True)
+    order = np.argsort(group, kind="stable")
+    starts = np.searchsorted(group[order], np.arange(len(first)))
+    size = np.add.reduceat(drawn[:, order], starts, axis=1)
+    rank = np.cumsum(size, axis=1) - size + (size + 1) / 2
+    return np.asarray(rank[:, group])
+
+
 def _pair(value: Array, reference: Array, n: int) -> tuple[Float, Float]:
     """Both as (n, everything) float64; (1, everything) if samples cannot be told apart."""
     if value.shape != reference.shape:

@@ -23,7 +23,7 @@ from featherweight.runtime.outputs import Array
 from featherweight.runtime.scores import Float
 
 Verdict = Literal["within", "beyond", "undecided"]
-_CELLS = 4_000_000  # values gathered at once by the bootstrap: bounds its memory to tens of MB
+_CELLS = 200_000  # values gathered at once by the bootstrap: what fits a cache is five times faster than all at once
 
 
 @dataclass(frozen=True, slots=True)
