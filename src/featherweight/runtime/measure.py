@@ -104,7 +104,7 @@ def latency(
         candidate: model file.
         feeds: one input, or several that turns go through one after another.
         threads: of the runtime; that many cores are pinned, the same ones for both.
-        time_limit_s: stop after this long even if the interval is wide (at least 5 turns are made).
+        time_limit_s: stop after this long even if the interval is wide (at least 3 turns are made).
         precision: stop when the ratio's interval is within this share of the ratio on both sides.
         min_turns: make at least these, if time allows.
         max_turns: make no more than these.
@@ -127,7 +127,7 @@ def latency(
         for worker, path in zip(sides, (original, candidate), strict=True):
             worker.call(_open, str(path), inputs, threads, timeout_s=timeout_s, doing=f"loading '{Path(path).name}'")
         # As many calls a turn as fill 2 ms, so that the clock and the switch between processes do not count.
-        once = min(worker.call(_turn, 0, 2, timeout_s=timeout_s) for worker in sides)
+        once = min(worker.call(_turn, 0, 1, timeout_s=timeout_s) for worker in sides)
         calls = max(1, min(100, math.ceil(2.0 / max(once, 1e-3))))
         times: list[tuple[float, float]] = []
         started = time.monotonic()
@@ -141,7 +141,7 @@ def latency(
                 )
             times.append((pair[0], pair[1]))
             spent = time.monotonic() - started
-            if len(times) >= 5 and spent > time_limit_s:
+            if len(times) >= 3 and spent > time_limit_s:
                 break
             if len(times) >= min_turns and len(times) % 5 == 0 and _narrow(times, precision, level):
                 break
@@ -186,11 +186,12 @@ def median_interval(values: Sequence[float], level: float = 0.95) -> tuple[float
 
 _session: Any = None
 _inputs: list[dict[str, Array]] = []
+_slow = False  # over 200 ms a call, refilling a cache is noise
 
 
 def _open(path: str, inputs: list[dict[str, Array]], threads: int) -> None:
     """In the child: load the model and run every input twice (arenas grow, pages are touched)."""
-    global _session, _inputs
+    global _session, _inputs, _slow
     import gc
 
     from featherweight.runtime import ort
@@ -198,15 +199,18 @@ def _open(path: str, inputs: list[dict[str, Array]], threads: int) -> None:
     _session, _inputs = ort.session(path, threads=threads), inputs
     for _ in range(2):
         for feeds in inputs:
+            start = time.perf_counter()
             _session.run(feeds)
+            _slow = time.perf_counter() - start > 0.2
     gc.collect()
     gc.disable()
 
 
 def _turn(which: int, calls: int) -> float:
-    """In the child: one unmeasured call, then the median of `calls` measured ones, in ms."""
+    """In the child: one unmeasured call (unless calls are slow), then the median of `calls` measured ones, in ms."""
     feeds = _inputs[which]
-    _session.run(feeds)
+    if not _slow:
+        _session.run(feeds)
     times = []
     for _ in range(calls):
         start = time.perf_counter_ns()
