@@ -133,3 +133,11 @@ def test_comparison_claims_no_unseen_samples(report: Report) -> None:
     assert "original  candidate" in " ".join(shown.split()).replace(" candidate", "  candidate")
     assert "350 samples; paired test" in shown
     assert "unseen" not in shown
+
+
+def test_cut_names_stay_different_where_they_can() -> None:
+    grid = Grid([Column("layer", cut="middle", least=12)])
+    for i in range(10, 20):
+        grid.add(f"/features/block.{i}/depthwise/with/a/long/tail/Conv")
+    shown = to_text([grid], width=30).splitlines()[2:]
+    assert len(set(shown)) == 10

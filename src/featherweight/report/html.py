@@ -152,7 +152,12 @@ def _attempt_numbers(m: Measurement) -> tuple[str, str, str]:
 
 def _facts(report: Report) -> str:
     m = report.result
-    rows = [("runtime", m.runtime), ("host", m.host), ("seed", str(m.seed)), *wording.fact_rows(report.facts)]
+    rows = [
+        ("runtime", wording.runtime_words(m)),
+        ("host", m.host),
+        ("seed", str(m.seed)),
+        *wording.fact_rows(report.facts),
+    ]
     return _table(("", ""), [r for r in rows if r[1]])
 
 

@@ -96,7 +96,7 @@ def tensor_parts(found: Inspection, *, everything: bool) -> list[RenderableType]
     if not found.tensors:
         return []
     shown = found.tensors if everything else found.tensors[:TOP]
-    columns = [Column("tensor", cut="middle", least=20), Column("shape", optional=2), Column("type", optional=3)]
+    columns = [Column("tensor", cut="middle", least=26), Column("shape", optional=2), Column("type", optional=3)]
     columns += [Column("used as"), Column("bytes", "right"), Column("share", "right"), Column("", optional=1)]
     made = Grid(columns)
     for t in shown:
@@ -121,7 +121,7 @@ def node_parts(found: Inspection, *, everything: bool) -> list[RenderableType]:
         return []
     shown = costly if everything else costly[:TOP]
     total = sum(n.latency_ms or 0.0 for n in found.nodes) if timed else float(found.macs)
-    columns = [Column("node", cut="middle", least=20), Column("op", optional=1), Column("MACs", "right")]
+    columns = [Column("node", cut="middle", least=26), Column("op", optional=1), Column("MACs", "right")]
     columns += [Column("output", "right", optional=2)] + ([Column("time", "right")] if timed else [])
     made = Grid([*columns, Column("share", "right"), Column("", optional=3)])
     for n in shown:

@@ -17,6 +17,7 @@ from rich.text import Text
 MAX_WIDTH = 120
 INDENT = 2
 GAP = 2
+TAILS = (2 / 3, 1 / 2, 1 / 3, 5 / 6, 1 / 6)
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -114,11 +115,12 @@ class Grid:
         line = "─" if not options.ascii_only else "-"
         span = min(sum(widths) + GAP * (len(widths) - 1), options.max_width)
         rule = Text(line * span, style="dim")
+        tails = [self._tail(i, width) for i, width in zip(kept, widths, strict=True)]
         if self.header:
-            yield self._line(kept, widths, [Text(self.columns[i].name) for i in kept], "dim")
+            yield self._line(kept, widths, tails, [Text(self.columns[i].name) for i in kept], "dim")
             yield rule
         for row in self.rows:
-            yield rule if row is None else self._line(kept, widths, [row[0][i] for i in kept], row[1])
+            yield rule if row is None else self._line(kept, widths, tails, [row[0][i] for i in kept], row[1])
 
     def _natural(self, i: int) -> int:
         """Widest cell of column i."""
@@ -145,12 +147,27 @@ class Grid:
             excess -= 1
         return kept, widths
 
-    def _line(self, kept: Sequence[int], widths: Sequence[int], cells: Sequence[str | Text], style: str) -> Text:
+    def _tail(self, i: int, width: int) -> float:
+        """How much of a cut cell is its end: the share of TAILS that leaves most cells of column i different."""
+        cells = {str(row[0][i]) for row in self.rows if row is not None}
+        if self.columns[i].cut != "middle" or all(cell_len(c) <= width for c in cells):
+            return TAILS[0]
+        return max(TAILS, key=lambda tail: len({shortened(c, width, "middle", tail) for c in cells}))
+
+    def _line(
+        self,
+        kept: Sequence[int],
+        widths: Sequence[int],
+        tails: Sequence[float],
+        cells: Sequence[str | Text],
+        style: str,
+    ) -> Text:
+        """One row, each cell cut or filled to its width."""
         made = Text(style=style, no_wrap=True, overflow="ellipsis")
         for k, (i, cell) in enumerate(zip(kept, cells, strict=True)):
             text = cell.copy() if isinstance(cell, Text) else Text(cell)
             if cell_len(text.plain) > widths[k]:
-                text.plain = shortened(text.plain, widths[k], self.columns[i].cut or "end")
+                text.plain = shortened(text.plain, widths[k], self.columns[i].cut or "end", tails[k])
             space = " " * (widths[k] - cell_len(text.plain))
             made.append_text(Text.assemble(space, text) if self.columns[i].align == "right" else text)
             if self.columns[i].align == "left" and k < len(kept) - 1:
@@ -159,11 +176,11 @@ class Grid:
         return made
 
 
-def shortened(name: str, width: int, where: str = "middle") -> str:
-    """`name` in at most `width` columns with a '…' at its end or in its middle."""
+def shortened(name: str, width: int, where: str = "middle", tail_share: float = TAILS[0]) -> str:
+    """`name` in at most `width` columns with a '…' at its end, or in its middle before the last `tail_share` of it."""
     if cell_len(name) <= width:
         return name
     if where == "end" or width < 8:
         return set_cell_size(name, max(width - 1, 0)).rstrip() + "…" * min(width, 1)
-    tail = (width - 1) * 2 // 3
+    tail = int((width - 1) * tail_share)
     return f"{set_cell_size(name, width - 1 - tail)}…{set_cell_size(name[::-1], tail)[::-1]}"

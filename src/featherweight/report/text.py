@@ -121,7 +121,7 @@ def layer_table(shown: Sequence[layer_rows.Layer], total: layer_rows.Layer) -> G
     costs = bool(total.float_cost_ms)
     kinds = any(layer.int8 is not None for layer in shown)
     columns = [
-        Column("layer", cut="middle", least=20),
+        Column("layer", cut="middle", least=30),
         Column("op", optional=2),
         Column("shape", optional=3),
         Column("decision", cut="end", least=16),
@@ -194,7 +194,12 @@ def attempt_table(attempts: Sequence[Attempt], budget: Budget) -> Grid:
 def fact_parts(report: Report) -> list[RenderableType]:
     """How it was measured: runtime, host, seed and the plain facts."""
     m = report.result
-    rows = [("runtime", m.runtime), ("host", m.host), ("seed", str(m.seed)), *wording.fact_rows(report.facts)]
+    rows = [
+        ("runtime", wording.runtime_words(m)),
+        ("host", m.host),
+        ("seed", str(m.seed)),
+        *wording.fact_rows(report.facts),
+    ]
     if report.plan.bound_bytes is not None:
         rows.append(("no plan can be smaller than", format_bytes(report.plan.bound_bytes)))
     if report.plan.gap is not None:

@@ -175,6 +175,11 @@ def evidence_words(m: Measurement, samples: str = "unseen sample") -> str:
     return count if m.p_value is None else f"{count}; paired test: {format_p_value(m.p_value)}"
 
 
+def runtime_words(m: Measurement) -> str:
+    """The runtime with its name; a bare version is ONNX Runtime's."""
+    return f"onnxruntime {m.runtime}" if m.runtime[:1].isdigit() else m.runtime
+
+
 def samples_word(report: Report) -> str:
     """What the drop of a report was measured on: a front is not verified on unseen data."""
     return "validation sample" if report.outcome == "front" else "unseen sample"
