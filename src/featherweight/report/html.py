@@ -90,14 +90,16 @@ def _trade_off(report: Report) -> str:
     plot = svg.trade_off(report)
     if not plot:
         return ""
+    result = "result" if report.outcome == "front" else "result, on unseen data"
+    names = {
+        "original": "original",
+        "result": result,
+        "front": "front, on validation data",
+        "attempt": "other attempts",
+    }
     legend = "".join(
         f'<span><svg width="12" height="12"><circle cx="6" cy="6" r="5" class="{css}"/></svg> {words}</span>'
-        for css, words in (
-            ("original", "original"),
-            ("result", "result"),
-            ("front", "front"),
-            ("attempt", "other attempts"),
-        )
+        for css, words in names.items()
     )
     return f'{plot}<p class="legend">{legend}</p>'
 
