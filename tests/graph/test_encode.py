@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.reduction
 from collections.abc import Iterator
 from typing import Any
 
@@ -274,3 +275,18 @@ def test_attach_refuses_what_it_cannot_replace(build):
     settable = build([N("Mul", ["x", "W"], ["y"])], {"W": np.zeros((2, 2), np.float32)}, inputs={"x": [1], "W": [2, 2]})
     with pytest.raises(ModelError, match="callers may set"):
         encode.attach(settable, settable.graph.initializers["W"], encoded)
+
+
+def test_an_encoding_travels_between_processes():
+    ctx = multiprocessing.reduction.ForkingPickler
+    encoded = encode.linear(np.arange(-4, 4), 0.5, 3)
+    assert ctx.loads(ctx.dumps(encoded)) == encoded
+
+
+def test_a_model_saved_and_loaded_with_its_data_beside_it_reads_the_same(build, tmp_path):
+    encoded = encode.linear(np.random.default_rng(0).integers(-16, 16, (100, 100)), 0.5, 5)
+    model = reading_model(build, encoded)
+    encode.attach(model, model.graph.initializers["W"], encoded)
+    io.save(model, tmp_path / "m.onnx", external=True)
+    loaded = io.load(tmp_path / "m.onnx")
+    assert encode.read(loaded, named(loaded, "W")) == encoded

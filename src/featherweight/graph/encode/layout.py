@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -109,11 +108,6 @@ class Encoded:
         )
 
     __hash__ = None  # type: ignore[assignment]
-
-
-def frozen(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A read-only view of fields."""
-    return MappingProxyType(dict(fields))
 
 
 def require_elements(shape: tuple[int, ...], kind: str) -> None:

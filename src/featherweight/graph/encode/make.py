@@ -14,7 +14,6 @@ from featherweight.graph.encode.layout import (
     Encoded,
     Kind,
     Layout,
-    frozen,
     require_bits,
     require_codes,
     require_elements,
@@ -168,7 +167,7 @@ def int_tensor(codes: Array, bits: int = 8) -> Encoded:
 def encoded(layout: Layout, **fields: Array) -> Encoded:
     """Bundle fields with the size of their layout."""
     owned = {k: np.array(v, order="C") for k, v in fields.items()}
-    return Encoded(layout.kind, layout.shape, recipes.nbytes(layout), frozen(owned), layout)
+    return Encoded(layout.kind, layout.shape, recipes.nbytes(layout), owned, layout)
 
 
 def decode(encoded: Encoded) -> Array:

@@ -172,7 +172,7 @@ def check_replaceable(model: ir.Model, value: ir.Value) -> tuple[str, ir.Graph]:
 
 def _shared_first(graph: ir.Graph) -> None:
     """Let the shared tables (which depend on nothing) lead the main graph, whatever sorted it since."""
-    tables = [node for node in graph if _is_shared(node)]
+    tables = _shared_nodes(graph)
     leading = [node for node, _ in zip(graph, tables, strict=False)]
     if leading != tables:
         graph.remove(tables)
@@ -183,11 +183,24 @@ def _insert_first(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     """Put decode nodes at the start of a graph, after the shared tables that lead the main graph."""
     if not nodes:
         return
-    follower = next((node for node in graph if not _is_shared(node)), None)
+    tables = set(_shared_nodes(graph))
+    follower = next((node for node in graph if node not in tables), None)
     if follower is None:
         graph.extend(nodes)
     else:
         graph.insert_before(follower, nodes)
+
+
+def _shared_nodes(graph: ir.Graph) -> list[ir.Node]:
+    """Nodes of shared tables in order: named as such, and computed from stored constants and each other alone."""
+    found: dict[ir.Node, None] = {}
+    for node in graph:
+        if all((o.name or "").startswith(_SHARED) for o in node.outputs) and all(
+            v is not None and (v.producer() in found or (v.is_initializer() and not v.is_graph_input()))
+            for v in node.inputs
+        ):
+            found[node] = None
+    return list(found)
 
 
 def _shared_namer(namer: Callable[[], str]) -> Callable[[], str]:
@@ -196,7 +209,3 @@ def _shared_namer(namer: Callable[[], str]) -> Callable[[], str]:
         return given if given.startswith(_SHARED) else _SHARED + given
 
     return name
-
-
-def _is_shared(node: ir.Node) -> bool:
-    return any((o.name or "").startswith(_SHARED) for o in node.outputs)
