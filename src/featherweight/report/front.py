@@ -18,7 +18,7 @@ MARKS = {"attempt": ("·", "dim"), "front": ("o", "bold cyan"), "original": ("#"
 
 def front_parts(report: Report) -> list[RenderableType]:
     """Outcome, plot, table, notes."""
-    parts: list[RenderableType] = [*outcome_parts(report), *plot_parts(report)]
+    parts: list[RenderableType] = [*outcome_parts(report, asked=False), *plot_parts(report)]
     if report.front:
         parts += [
             heading("Front", "measured; no other attempt is better in all of these"),

@@ -44,17 +44,15 @@ def report_parts(report: Report, *, all_layers: bool = False) -> list[Renderable
     ]
 
 
-def outcome_parts(report: Report) -> list[RenderableType]:
+def outcome_parts(report: Report, *, asked: bool = True) -> list[RenderableType]:
     """The outcome word, what was gained, the sentence behind it, and what was asked."""
     style = ANSWER_STYLES.get(report.answer, "bold")
-    first = Text.assemble(
-        (wording.outcome_word(report), style), "  ", (wording.headline(report.baseline, report.result), "bold")
-    )
-    asked = f"asked: {wording.budget_words(report.budget, report.result.metric_name)}"
-    parts: list[RenderableType] = [first]
-    if report.reason:
-        parts += lines([report.reason])
-    return [*parts, *lines([asked], "dim")]
+    first = Text(wording.outcome_word(report), style=style)
+    if report.result != report.baseline:
+        first.append_text(Text("  ").append(wording.headline(report.baseline, report.result), style="bold"))
+    words = f"asked: {wording.budget_words(report.budget, report.result.metric_name)}"
+    reason = lines([report.reason]) if report.reason else []
+    return [first, *reason, *(lines([words], "dim") if asked else [])]
 
 
 def measured_parts(
@@ -67,16 +65,19 @@ def measured_parts(
 ) -> list[RenderableType]:
     """Original and result side by side, with limits where there are any, and how sure the drop is.
 
-    `samples`: what the drop was measured on, in the singular.
+    Where the result is the original there is one column of numbers. `samples`: what the drop was measured on, in the
+    singular.
     """
     rows = wording.comparison_rows(original, result, budget)
-    columns = [Column(""), *(Column(name, "right") for name in names), Column(f"{names[1]} / {names[0]}", cut="end")]
-    limited = any(row.limit for row in rows)
+    alone, limited = result == original, any(row.limit for row in rows)
+    columns = [Column(""), Column(names[0], "right")]
+    if not alone:
+        columns += [Column(names[1], "right"), Column(f"{names[1]} / {names[0]}", cut="end")]
     made = Grid([*columns, Column("at most", "right"), Column("")] if limited else columns)
     for row in rows:
-        cells: list[str | Text] = [row.what, row.original, Text(row.result, style="bold"), row.change]
-        if limited:
-            cells += [row.limit, verdict(row.ok)]
+        cells: list[str | Text] = [row.what, row.result if alone else row.original]
+        cells += [] if alone else [Text(row.result, style="bold"), row.change]
+        cells += [row.limit, verdict(row.ok)] if limited else []
         made.add(*cells)
     evidence = wording.evidence_words(result, samples)
     parts: list[RenderableType] = [heading("Measured", "on the saved files"), indented(made)]
