@@ -16,8 +16,6 @@ from featherweight.graph.encode.layout import Encoded, Kind, Layout
 from featherweight.graph.weights import Weight
 
 F32 = npt.NDArray[np.float32]
-#: Scales inside float16's normal range lose at most 2**-11 of themselves: noise below 1e-7 for half the bytes.
-HALF_LOW, HALF_HIGH = 6.2e-5, 6e4
 
 
 @dataclass(frozen=True)
@@ -29,6 +27,11 @@ class ScalePlace:
     rows: npt.NDArray[np.int64]
 
 
+HALF_HIGH = 6e4
+HALF_STEP = 2.0**-25  # largest error of a float16 below its normal range
+_places: dict[tuple[object, ...], ScalePlace] = {}
+
+
 def find(model: ir.Model, name: str) -> Weight:
     """The weight called `name`. Raises TechniqueError if the model has none."""
     for weight in graph_weights.weights(model):
@@ -38,7 +41,16 @@ def find(model: ir.Model, name: str) -> Weight:
 
 
 def row_place(weight: Weight) -> ScalePlace:
-    """Where one scale a matrix row lies in the stored layout."""
+    """Where one scale a matrix row lies in the stored layout. Remembered by layout, as it reads a whole tensor."""
+    use = weight.main_use
+    layout = tuple(str(node.attributes.get("perm")) for node in use.layout)
+    key = (weight.shape, weight.matrix_shape, weight.channel_axis, use.role, use.groups, layout)
+    if key not in _places:
+        _places[key] = _row_place(weight)
+    return _places[key]
+
+
+def _row_place(weight: Weight) -> ScalePlace:
     g, out, k = weight.matrix_shape
     ids = np.broadcast_to(np.arange(g * out).reshape(g, out, 1), (g, out, k))
     stored = weight.from_matrix(ids)
@@ -61,15 +73,11 @@ def block_axis(weight: Weight) -> int | None:
     g, out, k = weight.matrix_shape
     if g != 1 or k < 2 or len(weight.shape) < 2 or weight.main_use.role == "gather":
         return None
-    small = weight.shape.count(k) and [a for a, n in enumerate(weight.shape) if n == k]
-    if not small:
-        return None
-    stored = weight.from_matrix(np.broadcast_to(np.arange(k), (1, out, k)))
-    for axis in small:
-        line = np.arange(k).reshape(-1, *[1] * (stored.ndim - axis - 1))
-        if (stored == line).all():
-            return axis
-    return None
+    # With one group and rows along one axis, the reduced entries are one axis if all others have size 1.
+    place = row_place(weight)
+    others = [a for a, n in enumerate(weight.shape) if a != place.axis and n > 1]
+    one_axis = place.block == 0 and len(place.rows) == out and len(others) == 1
+    return others[0] if one_axis and weight.shape[others[0]] == k else None
 
 
 def nbits_kernel(weight: Weight) -> bool:
@@ -83,7 +91,7 @@ def encoded(weight: Weight, codes: npt.NDArray[np.int8], scale: F32, bits: int, 
     """Codes (g, out, k) and scale (g, out[, blocks]) in the stored layout of `weight`."""
     stored = weight.from_matrix(codes)
     kept: npt.NDArray[np.floating] = scale
-    if not nbits and scale.min() >= HALF_LOW and scale.max() <= HALF_HIGH:
+    if not nbits and half_scale(scale, bits):
         kept = scale.astype(np.float16)
     if not block:
         place = row_place(weight)
@@ -98,13 +106,22 @@ def encoded(weight: Weight, codes: npt.NDArray[np.int8], scale: F32, bits: int, 
     return writer(stored, spread, bits, axis=axis, block=block)
 
 
-def encoded_bytes(weight: Weight, bits: int, block: int, *, nbits: bool) -> int:
-    """Bytes that `encoded` will take, from shapes alone (scales assumed to fit float16)."""
+def half_scale(scale: F32, bits: int) -> bool:
+    """True if float16 scales are precise enough: off by less than 2**-(bits + 3) of themselves.
+
+    That adds under a hundredth to the noise of rounding to `bits`, and at most 1e-7.
+    """
+    smallest = HALF_STEP * 2.0 ** (min(bits, 8) + 3)
+    return bool(scale.min() >= smallest and scale.max() <= HALF_HIGH)
+
+
+def encoded_bytes(weight: Weight, bits: int, block: int, *, nbits: bool, half: bool) -> int:
+    """Bytes that `encoded` will take, from shapes alone; `half`: with float16 scales."""
     if block:
         axis, size = block_axis(weight), block
     else:
         place = row_place(weight)
         axis, size = place.axis, place.block
     kind: Kind = "dequantize" if nbits else "linear"
-    layout = Layout(kind, weight.shape, bits, axis=axis, block=size, half_scale=not nbits)
+    layout = Layout(kind, weight.shape, bits, axis=axis, block=size, half_scale=half and not nbits)
     return recipes.nbytes(recipes.cheapest(layout))

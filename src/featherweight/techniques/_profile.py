@@ -25,7 +25,7 @@ ESTIMATE_ROWS = 192
 @dataclass(frozen=True)
 class RowProfile:
     """Rows looked at (g, rows, k), importance (g, k), share `left` (g,) after compensation, `row_weight` (1, rows):
-    how many rows each stands for, `signal` E||y - mean y||^2.
+    how many rows each stands for, `signal` E||y - mean y||^2, `added_bytes` of a bias that was not there.
     """
 
     rows: F32
@@ -33,6 +33,7 @@ class RowProfile:
     left: F64
     row_weight: F64
     signal: float
+    added_bytes: int
 
 
 def refusal(weight: Weight, ctx: Context) -> str:
@@ -66,7 +67,8 @@ def profile(weight: Weight, ctx: Context) -> RowProfile:
         importance = np.maximum(wide, 1e-30).astype(np.float32)
         left = COMPENSATION * pivot_share(found.matrix) if found.matrix.ndim == 3 else left
     signal = _absorb.signal(matrix, found, weight, ctx)
-    facts = RowProfile(np.ascontiguousarray(matrix[:, picked]), importance, left, row_weight, signal)
+    added = _absorb.added_bytes(_absorb.slot(weight)) if found.mean is not None else 0
+    facts = RowProfile(np.ascontiguousarray(matrix[:, picked]), importance, left, row_weight, signal, added)
     ctx.cache[key] = facts
     return facts
 

@@ -66,8 +66,7 @@ class Palette:
         if weight.array().size <= 4096:
             levels = min(levels, len(np.unique(weight.array())))
         layout = Layout("palette", weight.shape, bits, groups=groups, levels=levels)
-        found = _absorb.slot(weight) if _absorb.moments(weight, ctx).mean is not None else None
-        size = recipes.nbytes(recipes.cheapest(layout)) + _absorb.added_bytes(found)
+        size = recipes.nbytes(recipes.cheapest(layout)) + facts.added_bytes
         return Estimate(size, _clustering_noise(facts, bits, groups) if facts.signal > 0 else 0.0)
 
     def apply(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> tuple[Site, ...]:

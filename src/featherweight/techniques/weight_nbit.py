@@ -66,13 +66,12 @@ class WeightNbit:
         weight = _place.find(model, site.name)
         bits, block, nbits = _params(action, weight)
         facts = profile(weight, ctx)
-        scale_bytes = _place.encoded_bytes(weight, bits, block, nbits=nbits)
-        found = _absorb.slot(weight) if _absorb.moments(weight, ctx).mean is not None else None
-        size = scale_bytes + _absorb.added_bytes(found)
-        if facts.signal <= 0:
-            return Estimate(size, 0.0)
         rows = np.ascontiguousarray(facts.rows.transpose(0, 2, 1))
         grid = _scales.first_grid(rows, facts.importance, bits=bits, block=block)
+        half = _place.half_scale(grid.scale, bits)
+        size = _place.encoded_bytes(weight, bits, block, nbits=nbits, half=half) + facts.added_bytes
+        if facts.signal <= 0:
+            return Estimate(size, 0.0)
         E = _rounding_error(rows, grid)
         error = np.einsum("gk,gko,gko->go", facts.importance, E, E, dtype=np.float64)
         noise = float((error * facts.row_weight * facts.left[:, None]).sum()) / facts.signal
