@@ -36,6 +36,8 @@ def lift_opset(model: ir.Model) -> str:
     if _unchanged(model, old):
         model.opset_imports[""] = OPSET
         return f"{old} -> {OPSET}, no operator changed"
+    if model.functions:
+        raise ModelError(f"the opset {old} cannot be lifted to {OPSET} with functions in the model; export it without")
     hidden = _hide(model, old)
     _convert(model, old)
     _rewrite_hidden(model, hidden)

@@ -101,7 +101,7 @@ def inline_functions(model: ir.Model) -> str:
         _adopt_opset(model, function)
     try:
         common.InlinePass()(model)
-    except (ValueError, ir.passes.PassError) as e:
+    except (ValueError, ir.passes.PassError, ir.passes.InvariantError) as e:
         raise ModelError(f"the model's functions cannot be inlined ({e}); export it with inlined functions") from e
     common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     return f"{n} inlined"

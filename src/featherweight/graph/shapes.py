@@ -98,13 +98,47 @@ def _fix_computed_shapes(model: ir.Model, known: Mapping[str, Known]) -> int:
 def _infer_once(model: ir.Model) -> dict[str, Known]:
     proto, _ = bare_proto(model)
     try:
-        proto = onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
-    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+        inferred = onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False)
+        found = ir.serde.deserialize_model(inferred)
+        if _data_stay_small(found):
+            inferred = onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
+            found = ir.serde.deserialize_model(inferred)
+    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError, ValueError):
         return {}
-    found = ir.serde.deserialize_model(proto)
     return {
         v.name: Known(v.type, v.shape)
         for g in found.graphs()
         for v in (*g.inputs, *(o for n in g for o in n.outputs))
         if v.name
     }
+
+
+def _data_stay_small(model: ir.Model) -> bool:
+    """Whether onnx's propagation of values is safe: it allocates every element of every integer vector.
+
+    A hostile file would else take all memory by one ConstantOfShape.
+    """
+    largest = 0
+    expands = False
+    for graph in model.graphs():
+        for value in graph.inputs:
+            largest = max([largest, *(d for d in value.shape or () if isinstance(d, int))])
+        for stored in graph.initializers.values():
+            array = surgery.constant(stored)
+            if array is not None and array.dtype.kind in "iu" and array.size:
+                sizes = np.abs(array.astype(np.float64))
+                largest = max(largest, int(sizes[~np.isin(sizes, _NO_LIMIT)].max(initial=0)))
+        for node in graph:
+            expands |= node.op_type in _EXPANDING
+            for output in node.outputs:
+                shape = Known(output.type, output.shape).sizes
+                if shape is not None and len(shape) == 1 and shape[0] > _VECTOR and output.dtype in _INTEGERS:
+                    return False
+    return not expands or largest <= _VECTOR
+
+
+_EXPANDING = frozenset({"ConstantOfShape", "Expand", "Tile", "Range", "Pad", "OneHot", "EyeLike"})
+_INTEGERS = frozenset({ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL})
+_VECTOR = 100_000
+_NO_LIMIT = (2.0**31 - 1, 2.0**31, 2.0**63)
+"""Ends of a Slice that mean 'to the end', not a length."""
