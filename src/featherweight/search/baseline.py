@@ -31,7 +31,10 @@ class Baseline:
 def measure_baseline(problem: Problem) -> Baseline:
     """Choose the metric and measure the original on validation data; its outputs are kept for paired comparison."""
     problem.progress.start("measuring the original", problem.splits.validation.n_batches)
-    metric, why = _metric(problem)
+    asked = problem.request.metric
+    metric, why = ev.pick_metric(
+        problem.runnable, problem.splits.validation, None if asked is None else str(asked), worker=problem.worker
+    )
     evaluation = ev.evaluate(
         problem.runnable,
         problem.splits.validation,
@@ -57,22 +60,6 @@ def measure_baseline(problem: Problem) -> Baseline:
     )
     problem.facts["metric"] = f"{metric.name}: {why}"
     return Baseline(metric, why, evaluation, measured)
-
-
-def _metric(problem: Problem) -> tuple[metrics.Metric, str]:
-    """The metric asked for, or the one that fits data and outputs; the reason in words."""
-    asked = problem.request.metric
-    if asked is not None:
-        return metrics.get(str(asked)), "as asked"
-    batch = next(iter(problem.splits.validation.batches()))
-    outputs = problem.worker.call(ort.run_model, str(problem.runnable), [batch.feeds], doing="choosing a metric")[0]
-    return metrics.choose(
-        outputs,
-        feeds=batch.feeds,
-        labels=batch.labels,
-        rows_per_sample=problem.splits.validation.rows_per_sample,
-        n=batch.n,
-    )
 
 
 def _baseline_costs(problem: Problem) -> dict[str, Any]:

@@ -40,10 +40,10 @@ def build(model: ir.Model, plan: Plan, ctx: Context, techniques: Mapping[str, Te
                 used[technique.name] = technique
                 left: list[Site] = []
                 for site in current[decision.site]:
-                    left.extend(technique.apply(result, site, action, ctx))
+                    left.extend(technique.apply(result, site, action, ctx.for_technique(technique.name)))
                 current[decision.site] = tuple(left)
         for technique in used.values():
-            technique.finish(result, ctx)
+            technique.finish(result, ctx.for_technique(technique.name))
     return result
 
 

@@ -13,7 +13,7 @@ from featherweight.core import Measurement, Note
 from featherweight.errors import DataError, ModelError
 from featherweight.graph import io
 from featherweight.runtime import evaluate as ev
-from featherweight.runtime import measure, metrics, ort, significance
+from featherweight.runtime import measure, ort, significance
 from featherweight.runtime.sandbox import Worker
 from featherweight.search.baseline import LATENCY_FEEDS
 from featherweight.search.problem import first_feeds, input_specs
@@ -56,7 +56,7 @@ def compare(
     with tempfile.TemporaryDirectory(prefix="featherweight-") as folder, Worker() as worker:
         work = Path(folder)
         read = fwdata.spool(opened, work / "data", inputs=specs[0])
-        chosen, why = _metric(metric, paths[0], read, worker)
+        chosen, why = ev.pick_metric(paths[0], read, metric, worker=worker)
         before = ev.evaluate(paths[0], read, chosen, record_to=work / "reference", worker=worker, threads=threads)
         after = ev.evaluate(paths[1], read, chosen, reference=work / "reference", worker=worker, threads=threads)
         feeds = first_feeds(read, LATENCY_FEEDS)
@@ -88,14 +88,3 @@ def compare(
         peak_bytes=memories[1].peak_bytes, load_ms=memories[1].load_ms, **shared,
     )  # fmt: skip
     return Comparison(first, second, why, opened.notes)
-
-
-def _metric(name: str | None, path: Path, data: fwdata.Dataset, worker: Worker) -> tuple[metrics.Metric, str]:
-    """The metric asked for, or the one that fits data and outputs; the reason in words."""
-    if name is not None:
-        return metrics.get(name), "as asked"
-    batch = next(iter(data.batches()))
-    outputs = worker.call(ort.run_model, str(path), [batch.feeds], doing="choosing a metric")[0]
-    return metrics.choose(
-        outputs, feeds=batch.feeds, labels=batch.labels, rows_per_sample=data.rows_per_sample, n=batch.n
-    )

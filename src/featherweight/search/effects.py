@@ -15,12 +15,12 @@ from featherweight.core import Action, Decision, Effect, Note, Progress, Site
 from featherweight.errors import TechniqueError
 from featherweight.search.solve import Choice
 from featherweight.techniques import Context, Technique
+from featherweight.techniques._protocol import INTEGER_TECHNIQUES
 
 # Rates of one core used where no measurement steers (deterministic on purpose, so that equal inputs give equal
 # plans): only their ratio matters, as a tie-break between equally small or equally accurate plans.
 FLOAT_MACS_PER_MS = 30e6
 INT8_SPEEDUP = {True: 3.0, False: 1.6}
-INTEGER_TECHNIQUES = frozenset({"static_int8", "dynamic_int8"})
 
 
 @dataclass(frozen=True)

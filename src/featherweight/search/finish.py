@@ -11,6 +11,7 @@ from featherweight.runtime import significance
 from featherweight.search import layers, loop, replay
 from featherweight.search.baseline import Baseline
 from featherweight.search.measured import build_and_save, on_holdout
+from featherweight.search.prepare import context
 from featherweight.search.problem import Problem
 from featherweight.search.rounds import Found
 
@@ -37,9 +38,9 @@ def finish(problem: Problem, known: Baseline, found: Found, *, save_anyway: bool
     _say_what_is_uncertain(problem, drop)
     answer: Answer = "not found" if broken or found.best is None else "yes"
     outcome, reason = _outcome(found, broken)
-    plan = replay.sealed(problem, chosen.plan)
+    plan = replay.sealed(problem, found.ground.ctx, chosen.plan)
     if answer == "yes" or save_anyway:
-        replay.write(problem, found.ground.ctx, plan, path)
+        replay.write(problem, plan, path)
     return _report(problem, answer, outcome, reason, plan, original, result, found)
 
 
@@ -92,7 +93,7 @@ def _untouched(
 ) -> Report:
     """A report about the original itself; its file is copied where the answer is yes."""
     m = known.measurement
-    plan = replay.sealed(problem, Plan(()))
+    plan = replay.sealed(problem, found.ground.ctx if found else context(problem, None), Plan(()))
     if answer == "yes":
         replay.write_original(problem, plan)
     return _report(problem, answer, outcome, reason, plan, m, m, found)

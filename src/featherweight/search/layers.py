@@ -6,9 +6,10 @@ from typing import Any
 
 from featherweight.core import Note, Plan
 from featherweight.graph import surgery
-from featherweight.search.effects import INTEGER_TECHNIQUES, modelled_latency_ms
+from featherweight.search.effects import modelled_latency_ms
 from featherweight.search.prepare import Ground
 from featherweight.search.problem import Problem
+from featherweight.techniques._protocol import INTEGER_TECHNIQUES
 
 
 def rows(problem: Problem, plan: Plan, ground: Ground | None) -> tuple[dict[str, Any], ...]:

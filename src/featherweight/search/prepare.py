@@ -17,8 +17,12 @@ from featherweight.search.effects import Effects, SiteFacts, build_effects, mode
 from featherweight.search.problem import Problem, first_feeds
 from featherweight.stats import Statistics, collect
 from featherweight.techniques import Context
+from featherweight.techniques._equalise import equalise
 
 PROBE_BATCHES = 12
+# Rows of im2col wanted over all calibration data: about ten times the longest reduced dimension of usual layers.
+ROWS_WANTED = 12288
+LEAST_POSITIONS, MOST_POSITIONS = 32, 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,19 +35,29 @@ class Ground:
 
 
 def statistics(problem: Problem) -> Statistics:
-    """Calibration statistics of the normalised model, read once and kept in the work folder."""
+    """Calibration statistics, read once and kept in the work folder.
+
+    Channels are rescaled by what they say (cross-layer equalisation keeps the function as it is); from here on
+    `problem.model` is the equalised model, and the statistics returned are those of it.
+    """
     path = problem.work / "statistics.npz"
     problem.progress.start("reading calibration statistics", problem.splits.calibration.n_batches)
+    batches = problem.splits.calibration.n_batches
     stats = collect(
         problem.model,
         problem.splits.calibration,
+        max_positions=min(max(ROWS_WANTED // max(batches, 1), LEAST_POSITIONS), MOST_POSITIONS),
         worker=problem.worker,
         threads=problem.profile.threads,
         seed=problem.request.seed,
     )
     stats.save(path)
     # Read back, so that a replay from the saved file sees the same numbers to the bit.
-    return Statistics.load(path)
+    read = Statistics.load(path)
+    problem.model, ready = equalise(problem.model, read)
+    io.save(problem.model, problem.model_path)
+    problem.model_sha256 = io.sha256(problem.model_path)
+    return ready
 
 
 def context(problem: Problem, stats: Statistics | None) -> Context:

@@ -23,7 +23,7 @@ from featherweight.search.journal import Journal
 from featherweight.search.request import Request, chosen_techniques, matching_nodes
 from featherweight.techniques import Technique, all_techniques
 
-MAX_CALIBRATION = 200
+MAX_CALIBRATION = 128
 NORMALISE_FEEDS = 2
 
 

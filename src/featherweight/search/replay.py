@@ -22,29 +22,30 @@ from featherweight.search.candidates import build
 from featherweight.search.problem import Problem
 from featherweight.stats import Statistics, model_key
 from featherweight.techniques import Context, all_techniques
+from featherweight.techniques._equalise import equalise
 
 STATISTICS = "statistics.npz"
 
 
-def sealed(problem: Problem, plan: Plan) -> Plan:
+def sealed(problem: Problem, ctx: Context, plan: Plan) -> Plan:
     """The plan with all a replay needs to know: the model it is about, the target, seed and float nodes."""
     options: dict[str, Scalar] = {
         "seed": problem.request.seed,
         "int8_dot": problem.profile.int8_dot,
-        "keep_float": json.dumps(sorted(problem.keep_float)),
+        "keep_float": json.dumps(sorted(ctx.keep_float)),
+        "fragile": json.dumps(sorted(ctx.fragile)),
     }
     return dataclasses.replace(plan, model_sha256=problem.model_sha256, options=tuple(sorted(options.items())))
 
 
-def write(problem: Problem, ctx: Context, plan: Plan, built: Path) -> None:
+def write(problem: Problem, plan: Plan, built: Path) -> None:
     """Put model, plan and statistics into the run folder, each whole or not at all."""
     out = problem.work.parent
     model = io.load(built)
     io.save(model, out / "model.onnx", external=None)
     write_file(out / "plan.json", lambda p: p.write_text(plan.to_json()))
-    if ctx.stats is not None and plan.changed():
-        stats = ctx.stats
-        write_file(out / STATISTICS, lambda p: stats.save(p))
+    if plan.changed():
+        write_file(out / STATISTICS, lambda p: shutil.copyfile(problem.work / STATISTICS, p))
 
 
 def write_original(problem: Problem, plan: Plan) -> None:
@@ -85,22 +86,23 @@ def apply(model: str | Path, plan: str | Path | Plan, *, out: str | Path, statis
     Raises PlanError if the plan is another model's, malformed, or its statistics are missing.
     """
     read, beside = _read(plan)
-    normalised = normalise(io.load(model), run=None).model
     target = Path(out)
+    if not read.changed():
+        io.save(io.load(model), target)
+        return target
     with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
         path = Path(folder) / "normalised.onnx"
-        io.save(normalised, path)
+        io.save(normalise(io.load(model), run=None).model, path)
+        stats = _statistics(Path(statistics) if statistics is not None else beside, io.load(path), str(model))
+        equal, ready = equalise(io.load(path), stats)
+        io.save(equal, path)
         found = io.sha256(path)
         if read.model_sha256 != found:
             raise PlanError(
                 f"the plan was made for the model {read.model_sha256[:12] or '(none named)'} (after normalising), "
                 f"but {model} is {found[:12]}; give the plan's own model"
             )
-        if not read.changed():
-            io.save(io.load(model), target)
-            return target
-        ctx = _context(read, Path(statistics) if statistics is not None else beside, io.load(path))
-        io.save(build(io.load(path), read, ctx, all_techniques()), target)
+        io.save(build(equal, read, _context(read, ready), all_techniques()), target)
     return target
 
 
@@ -118,16 +120,20 @@ def _read(plan: str | Path | Plan) -> tuple[Plan, Path | None]:
     return Plan.from_json(text), beside if beside.exists() else None
 
 
-def _context(plan: Plan, statistics: Path | None, model: Any) -> Context:
-    if statistics is None:
+def _statistics(path: Path | None, model: Any, name: str) -> Statistics:
+    if path is None:
         raise PlanError(f"the plan needs the {STATISTICS} of its run folder; keep it beside plan.json, or name it")
-    stats = Statistics.load(statistics)
+    stats = Statistics.load(path)
     if stats.key != model_key(model):
-        raise PlanError(f"{statistics} was read from another model than the plan's; use the file of the same run")
+        raise PlanError(f"{path} was read from another model than {name}; give the plan's own model and statistics")
+    return stats
+
+
+def _context(plan: Plan, stats: Statistics) -> Context:
     options = dict(plan.options)
     try:
-        keep = frozenset(json.loads(str(options["keep_float"])))
+        keep, fragile = (frozenset(json.loads(str(options[name]))) for name in ("keep_float", "fragile"))
         profile = Profile("replay", "", 1, 0, bool(options["int8_dot"]))
-        return Context(profile, stats, int(options["seed"]), keep)
+        return Context(profile, stats, int(options["seed"]), keep, fragile)
     except (KeyError, TypeError, ValueError) as e:
         raise PlanError(f"the plan's options are incomplete or malformed: {e}") from e

@@ -11,12 +11,14 @@ from featherweight.core import Action, Attempt, Budget, Plan
 from featherweight.graph import cost
 from featherweight.search import bounds
 from featherweight.search.baseline import Baseline, base, interface
-from featherweight.search.effects import INTEGER_TECHNIQUES, Effects
+from featherweight.search.effects import Effects
+from featherweight.search.fragile import find_fragile, usable
 from featherweight.search.loop import State, propose, search, within
 from featherweight.search.measured import measure_plan
 from featherweight.search.prepare import Ground, context, statistics, survey
 from featherweight.search.problem import Problem, first_feeds
 from featherweight.search.solve import Choice
+from featherweight.techniques._protocol import INTEGER_TECHNIQUES
 
 # Output noise that costs about one unit of drop, as a first guess; the loop corrects it by measuring.
 LOSS_PER_DROP = 3.0
@@ -43,13 +45,14 @@ def fit(problem: Problem, known: Baseline, *, first_is_enough: bool) -> Found:
     if refusal is not None:
         return Found(Ground(context(problem, None), {}, Effects({}, ())), refusal=refusal)
     ground = survey(problem, context(problem, statistics(problem)), with_gains=True)
+    find_fragile(problem, ground.ctx, ground.effects.table, ground.sites)
     found = Found(ground)
     start = base(problem, known)
     found.refusal = bounds.refusal(
         [bounds.size_bound(problem.budget, ground.effects.table, ground.sites, start.size_bytes)]
     )
     if found.refusal is None:
-        _run(problem, known, found, ground.effects.table, first_cap=_first_cap(problem.budget), enough=first_is_enough)
+        _run(problem, known, found, _usable(ground), first_cap=_first_cap(problem.budget), enough=first_is_enough)
     return found
 
 
@@ -57,20 +60,21 @@ def plain_int8(problem: Problem, known: Baseline, *, first_is_enough: bool) -> F
     """Every layer at 8 bits, on integer kernels where they are faster; what hurts stays in float, by measurement."""
     ctx = context(problem, statistics(problem))
     found = Found(survey(problem, ctx, with_gains=False, admit=stores_eight_bits))
+    find_fragile(problem, ctx, found.ground.effects.table, found.ground.sites)
     for table in _variants(problem, found.ground):
         _run(problem, known, found, table, first_cap=NO_CAP, enough=first_is_enough, candidates=1)
         if found.interrupted:
             return found
     if found.best is None:
         found.ground = survey(problem, ctx, with_gains=True, admit=stores_eight_bits)
-        table = found.ground.effects.table
+        table = _usable(found.ground)
         worst = propose(_state(problem, known, found, table))
         cap = NO_CAP if worst is None else max(worst.predicted.loss / 3, 1e-8)
         _run(problem, known, found, table, first_cap=cap, enough=first_is_enough)
     if found.best is not None and found.best.measured is not None and not found.interrupted:
         ratio = found.best.measured.latency_ratio
         if ratio is not None and ratio >= 1 and _uses_integers(found.best.plan):
-            table = without(found.ground.effects.table, INTEGER_TECHNIQUES)
+            table = without(_usable(found.ground), INTEGER_TECHNIQUES)
             _run(problem, known, found, table, first_cap=NO_CAP, enough=first_is_enough, candidates=1)
     return found
 
@@ -78,6 +82,7 @@ def plain_int8(problem: Problem, known: Baseline, *, first_is_enough: bool) -> F
 def fronts(problem: Problem, known: Baseline, points: int) -> Found:
     """Measure the most accurate plan at `points` sizes between the smallest reachable and the original's."""
     ground = survey(problem, context(problem, statistics(problem)), with_gains=True)
+    find_fragile(problem, ground.ctx, ground.effects.table, ground.sites)
     found = Found(ground)
     start = base(problem, known)
     least = start.size_bytes + sum(min(c.effect.size_bytes for c in cs) for cs in ground.effects.table.values())
@@ -86,7 +91,7 @@ def fronts(problem: Problem, known: Baseline, points: int) -> Found:
         share = i / max(points - 1, 1)
         limit = math.ceil(1.02 * least * (0.6 * start.size_bytes / least) ** share)
         budget = Budget(max_size_bytes=limit, minimize="drop")
-        state = _state(problem, known, found, ground.effects.table, budget=budget, candidates=2)
+        state = _state(problem, known, found, _usable(ground), budget=budget, candidates=2)
         search(state, first_loss_cap=NO_CAP)
         found.attempts.extend(a for a in state.attempts if a not in found.attempts)
         found.interrupted = state.interrupted
@@ -94,6 +99,10 @@ def fronts(problem: Problem, known: Baseline, points: int) -> Found:
         if state.interrupted or problem.out_of_time():
             break
     return found
+
+
+def _usable(ground: Ground) -> dict[str, list[Choice]]:
+    return usable(ground.effects.table, ground.sites, ground.ctx.fragile)
 
 
 def _refused_at_once(problem: Problem, known: Baseline) -> str | None:
@@ -161,7 +170,7 @@ def _run(
 
 def _variants(problem: Problem, ground: Ground) -> list[dict[str, list[Choice]]]:
     """The 8-bit tables worth measuring: the solver's own choice, and each integer technique alone where contested."""
-    table = ground.effects.table
+    table = _usable(ground)
     macs = problem.facts.get("macs", {})
 
     def work(site: str) -> float:

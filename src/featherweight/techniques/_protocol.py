@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
@@ -14,13 +15,18 @@ if TYPE_CHECKING:
     from featherweight.stats import Statistics
 
 
+# Techniques whose nodes multiply integers (the rest only store weights in fewer bits).
+INTEGER_TECHNIQUES = frozenset({"static_int8", "dynamic_int8"})
+
+
 @dataclass
 class Context:
     """What techniques know besides the model.
 
     `profile` is the target; `stats` the calibration statistics of the model the sites were listed on (None: a
     technique must work without, e.g. by rounding to nearest); `keep_float` the names of nodes the user or an
-    earlier measurement wants in float; `notes` collects why something was left alone; `cache` shares arithmetic
+    earlier measurement wants in float; `fragile` those that may be stored in few bits but not computed in integers
+    (see `for_technique`); `notes` collects why something was left alone; `cache` shares arithmetic
     between `estimate` and `apply`, keyed by (model sha, site, action).
     """
 
@@ -28,8 +34,15 @@ class Context:
     stats: Statistics | None = None
     seed: int = 0
     keep_float: frozenset[str] = frozenset()
+    fragile: frozenset[str] = frozenset()
     notes: list[Note] = field(default_factory=list)
     cache: dict[Any, Any] = field(default_factory=dict)
+
+    def for_technique(self, name: str) -> Context:
+        """The context a technique should see: for those that compute in integers, fragile nodes stay in float."""
+        if name not in INTEGER_TECHNIQUES or not self.fragile:
+            return self
+        return dataclasses.replace(self, keep_float=self.keep_float | self.fragile)
 
     def note(self, where: str, text: str) -> None:
         """Record one note; the same note is kept once."""
