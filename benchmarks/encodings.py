@@ -64,7 +64,7 @@ def encodings(shape: tuple[int, int], *, table: bool, seed: int = 0) -> Iterator
 def model(shape: tuple[int, int], *, table: bool, encoded: encode.Encoded | None) -> ir.Model:
     """MatMul(x, W), or Gather(W, i) for a table, with W as float or encoded."""
     rows, columns = shape
-    stored = np.zeros(1, np.float32) if encoded is not None else np.random.default_rng(1).standard_normal(shape)
+    stored = np.zeros(shape) if encoded is not None else np.random.default_rng(1).standard_normal(shape)
     tensor = ir.tensor(stored.astype(np.float32), name="W")
     weight = ir.Value(name="W", const_value=tensor, type=ir.TensorType(ir.DataType.FLOAT), shape=tensor.shape)
     output = ir.Value(name="y", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["n", columns]))

@@ -272,6 +272,9 @@ def test_attach_refuses_what_it_cannot_replace(build):
     old = build([N("Mul", ["x", "W"], ["y"])], {"W": np.zeros((2, 2), np.float32)}, inputs={"x": [1]}, opset=13)
     with pytest.raises(ModelError, match="opset 21 or newer, but the model has 13"):
         encode.attach(old, old.graph.initializers["W"], encoded)
+    wide = build([N("Mul", ["x", "W"], ["y"])], {"W": np.zeros((2, 3), np.float32)}, inputs={"x": [1]})
+    with pytest.raises(ModelError, match=r"'W' is \(2, 3\) and the encoding \(2, 2\)"):
+        encode.attach(wide, wide.graph.initializers["W"], encoded)
     settable = build([N("Mul", ["x", "W"], ["y"])], {"W": np.zeros((2, 2), np.float32)}, inputs={"x": [1], "W": [2, 2]})
     with pytest.raises(ModelError, match="callers may set"):
         encode.attach(settable, settable.graph.initializers["W"], encoded)

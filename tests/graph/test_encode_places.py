@@ -166,6 +166,19 @@ def test_weights_inside_a_loop_and_captured_from_outside_it(build, run, tmp_path
     assert encode.read(loaded, values["O"]) == table
 
 
+def test_a_float16_graph_keeps_its_type(build, run):
+    nodes = [N("Cast", ["x"], ["h"], to=10), N("MatMul", ["h", "W"], ["c"]), N("Cast", ["c"], ["y"], to=1)]
+    model = build(nodes, {"W": np.zeros((16, 8), np.float16)}, inputs={"x": [2, 16]})
+    encoded = encode.linear(codes((16, 8), 5), RNG.random(8).astype(np.float32), 5, axis=1)
+    decoded = encode.attach(model, model.graph.initializers["W"], encoded)
+    assert decoded.dtype == ir.DataType.FLOAT16
+    assert encode.read(model, decoded) == encoded
+    x = f32(2, 16).astype(np.float16)
+    expected = x.astype(np.float32) @ encode.decode(encoded).astype(np.float16).astype(np.float32)
+    actual = run(model, [{"x": x.astype(np.float32)}])[0]["y"]
+    np.testing.assert_allclose(actual, expected, rtol=2e-2, atol=0.1)
+
+
 def test_attaching_after_somebody_sorted_the_graph_keeps_it_in_order(build, run):
     model = build(
         [N("Mul", ["x", "A"], ["a"]), N("Mul", ["a", "B"], ["y"])],

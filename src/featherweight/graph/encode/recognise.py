@@ -14,7 +14,7 @@ import onnx_ir as ir
 from featherweight.graph.encode import make, recipes, rows
 from featherweight.graph.encode.layout import Encoded, Layout
 from featherweight.graph.encode.match import INDEX, Found, constant, match
-from featherweight.graph.encode.sink import INT8, Free, Op, Tree
+from featherweight.graph.encode.sink import INT8, NARROW_FLOATS, Free, Op, Tree
 
 _MAX_INDEX_RANK = 6
 
@@ -24,10 +24,14 @@ def read(model: ir.Model, value: ir.Value) -> Encoded | None:
 
     Works on models written by `attach`, also after saving and loading; structure and constants are compared, never
     names. `value` is the decoded tensor, or the decoded rows of a lookup. An int8 initializer reads as an 8-bit
-    `int_tensor`, which is how that is written.
+    `int_tensor`, which is how that is written; a foreign DequantizeLinear of constants without zero point reads as
+    `dequantize`, which is what it is. Behind a final Cast to float16 or bfloat16 the encoding before it is read.
     """
     del model  # part of the interface: a value alone does not say which model it belongs to
     node = value.producer()
+    if node is not None and node.op_type == "Cast" and value.dtype in NARROW_FLOATS and node.inputs[0] is not None:
+        value = node.inputs[0]
+        node = value.producer()
     if node is None:
         tensor = constant(value)
         if tensor is None or tensor.dtype != INT8 or not tensor.size:

@@ -27,6 +27,7 @@ FLOAT, FLOAT16, INT8, UINT8, INT4, UINT4, INT32, INT64, BOOL = (
     ir.DataType.INT64,
     ir.DataType.BOOL,
 )
+NARROW_FLOATS = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 
 class Sink(Protocol[H]):

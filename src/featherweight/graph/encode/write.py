@@ -15,7 +15,7 @@ from featherweight.graph.encode import make, recipes, rows
 from featherweight.graph.encode.codes import pack_bytes
 from featherweight.graph.encode.layout import Encoded
 from featherweight.graph.encode.match import match
-from featherweight.graph.encode.sink import FLOAT, INT4, INT8, UINT4, Sink, Tree
+from featherweight.graph.encode.sink import FLOAT, INT4, INT8, NARROW_FLOATS, UINT4, Sink, Tree, cast
 
 MIN_OPSET = 21
 _MIN_IR_VERSION = 10
@@ -39,7 +39,7 @@ class Namer:
 
 
 class Writer:
-    """A Sink that makes nodes for one graph of a model; they are inserted by `place`."""
+    """A Sink that makes nodes for one graph of a model; `attach` puts them in place."""
 
     def __init__(
         self, model: ir.Model, graph: ir.Graph, arrays: Mapping[str, Array], namer: Callable[[], str] | None = None,
@@ -89,14 +89,16 @@ class Writer:
 def attach(model: ir.Model, value: ir.Value, encoded: Encoded) -> ir.Value:
     """Replace the initializer `value` by nodes that decode `encoded`, in its own graph, under its own name.
 
-    Every reader (in sub-graphs too) reads the decoded value, which is returned; `value` is gone afterwards.
-    Raises ModelError if `value` is no initializer, may be overridden by the caller, or the opset is below 21.
+    Every reader (in sub-graphs too) reads the decoded value, which is returned; `value` is gone afterwards. Where
+    `value` was float16 or bfloat16, the decoded float32 is rounded to that type, so that readers get what they had.
+    Raises ModelError if `value` is no initializer, may be overridden by the caller, has another shape, or the
+    opset is below 21.
     """
     if encoded.kind == "lookup":
         return _attach_lookup(model, value, encoded)
-    name, graph = check_replaceable(model, value)
+    name, graph = _check_replaceable(model, value, encoded)
     writer = Writer(model, graph, make.arrays_of(encoded))
-    new = recipes.emit(writer, encoded.layout)
+    new = _narrowed(writer, recipes.emit(writer, encoded.layout), value, encoded)
     _shared_first(model.graph)
     _insert_first(graph, writer.nodes)
     surgery.replace_uses(value, new)
@@ -104,8 +106,7 @@ def attach(model: ir.Model, value: ir.Value, encoded: Encoded) -> ir.Value:
     new.name = name
     if new.const_value is not None:
         new.const_value.name = name
-    integer = encoded.kind == "int_tensor" or (encoded.kind == "palette" and encoded.layout.integer)
-    new.type = ir.TensorType(INT8 if integer else FLOAT)
+    new.type = ir.TensorType(_type_after(value, encoded))
     new.shape = ir.Shape(encoded.shape)
     return new
 
@@ -116,7 +117,7 @@ def attach_lookup(model: ir.Model, value: ir.Value, encoded: Encoded) -> ir.Valu
 
 
 def _attach_lookup(model: ir.Model, value: ir.Value, encoded: Encoded) -> ir.Value:
-    name, graph = check_replaceable(model, value)
+    name, graph = _check_replaceable(model, value, encoded)
     uses = list(value.uses())
     for node, index in uses:
         axis = node.attributes.get("axis")
@@ -136,7 +137,8 @@ def _attach_lookup(model: ir.Model, value: ir.Value, encoded: Encoded) -> ir.Val
         assert indices is not None, "a Gather has indices"
         rank = rows.UNKNOWN_RANK if indices.shape is None else len(indices.shape)
         writer = Writer(model, graph, arrays, namer, stored)
-        new = rows.emit(writer, dataclasses.replace(encoded.layout, rank=rank), indices)
+        looked_up = rows.emit(writer, dataclasses.replace(encoded.layout, rank=rank), indices)
+        new = _narrowed(writer, looked_up, value, encoded)
         surgery.insert_before(node, writer.nodes)
         _take_over(node, new)
     _shared_first(model.graph)
@@ -155,13 +157,31 @@ def _take_over(node: ir.Node, new: ir.Value) -> None:
     new.name = name
 
 
-def check_replaceable(model: ir.Model, value: ir.Value) -> tuple[str, ir.Graph]:
-    """Name and graph of an initializer that may be replaced; raises ModelError otherwise."""
+def _type_after(value: ir.Value, encoded: Encoded) -> ir.DataType:
+    """Type that readers of `value` get once it is decoded."""
+    if encoded.kind == "int_tensor" or (encoded.kind == "palette" and encoded.layout.integer):
+        return INT8
+    return value.dtype if value.dtype in NARROW_FLOATS else FLOAT
+
+
+def _narrowed(writer: Writer, decoded: ir.Value, value: ir.Value, encoded: Encoded) -> ir.Value:
+    """Round a decoded float32 to the narrower float type `value` had."""
+    wanted = _type_after(value, encoded)
+    return cast(writer, decoded, wanted) if wanted in NARROW_FLOATS else decoded
+
+
+def _check_replaceable(model: ir.Model, value: ir.Value, encoded: Encoded) -> tuple[str, ir.Graph]:
+    """Name and graph of an initializer that `encoded` may replace; raises ModelError otherwise."""
     if not value.is_initializer() or value.name is None:
         raise ModelError(f"only a stored tensor can be encoded, but {value.name!r} is computed or already encoded")
     if value.is_graph_input():
         raise ModelError(
             f"the stored tensor {value.name!r} is also an input that callers may set; normalise the model first"
+        )
+    if value.shape is not None and value.shape.numpy() != encoded.shape:
+        raise ModelError(
+            f"an encoding must have the shape of the tensor it replaces, but {value.name!r} is "
+            f"{value.shape.numpy()} and the encoding {encoded.shape}; encode the stored layout"
         )
     opset = model.graph.opset_imports.get("", 0)
     if opset < MIN_OPSET:
