@@ -6,7 +6,7 @@ runtime computes. Everything but `dequantize` and `lookup` is folded by the runt
 
 Which one, by what it costs at load (ONNX Runtime 1.32, one 30522 x 384 table, float: 45 MiB, peak 89 MiB):
 
-- `linear`, `palette`: float speed. Peak 145 to 157 MiB at 8 and 4 bits, 140 to 195 at 2 and 1, 200 to 275 at 7, 6, 5, 3:
+- `linear`, `palette`: float speed. Peak 145 to 157 MiB at 8 and 4 bits, 140 to 195 at 2 and 1, 200 to 275 at others:
   the runtime keeps all intermediates of all weights until its folding pass ends.
 - `bitmask`: the dearest, peak 360 to 420 MiB. It is for the file, not for memory.
 - `lookup`, for vocabularies: peak 22 MiB at 8 bits, 11 at 4, 8 at 3; 128 rows take 0.02 ms at 8 bits and 0.1 to 0.8 ms
