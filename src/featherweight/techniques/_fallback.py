@@ -16,8 +16,8 @@ Runner = Callable[[ir.Model, Sequence[Mapping[str, npt.NDArray[Any]]]], list[dic
 Results = Sequence[Mapping[str, npt.NDArray[Any]]]
 
 ENOUGH_DB = 33.0  # at the outputs: nothing is sent back to float above this
-LOCAL_NOISE = 10**-2.2  # a node that adds more than this share of its output's power is suspect by itself
-DOMINANT = 0.25  # or one that adds this share of all added noise
+LOCAL_NOISE = 10**-1.5  # a node that adds more than this share of its output's power is suspect by itself
+DOMINANT = 0.25  # or one that adds this share of all added noise: in a deep model of even layers none does
 BLOCKS = 8  # columns of an output are also judged in this many blocks
 
 

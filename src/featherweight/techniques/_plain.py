@@ -12,13 +12,15 @@ import onnx_ir as ir
 
 from featherweight.core import Action, Note, Site
 from featherweight.errors import RunError
-from featherweight.graph import surgery
+from featherweight.graph import io, surgery
 from featherweight.stats import Statistics
 from featherweight.techniques import _equalise, _fallback
 from featherweight.techniques._fallback import Runner
 from featherweight.techniques._protocol import Context, Technique
 
-ROUNDS = 12
+ROUNDS = 8
+POOR_DB = 15.0  # below this at the outputs every suspect goes back to float, however little each gains
+WORTH_DB = 1.0  # above it, one that gains less is not worth its time in float
 FEEDS = 6  # calibration batches that are run to find fragile nodes
 REST = "weight_nbit"
 
@@ -34,6 +36,7 @@ def quantize_model(
     runner: Runner | None = None,
     feeds: Sequence[Mapping[str, npt.NDArray[Any]]] = (),
     store_rest: bool = True,
+    never_grow: bool = False,
 ) -> tuple[ir.Model, list[Note]]:
     """Quantize a normalised float model; returns a new model and notes on what stayed in float and why.
 
@@ -48,12 +51,32 @@ def quantize_model(
             outputs are within `_fallback.ENOUGH_DB` or no node stands out.
         feeds: a few calibration batches for that.
         store_rest: weights without an integer kernel are stored in 8 bits and computed in float.
+        never_grow: give the model back as it was if the result would take more bytes (tiny models do).
     """
+    built, notes = _quantize(model, stats, ctx, _job(ctx, technique, sites, weight_bits, store_rest), runner, feeds)
+    before, after = io.stored_bytes(model), io.stored_bytes(built)
+    if never_grow and after > before:
+        text = f"left as it was: in int8 it would take {after} bytes instead of {before}"
+        return surgery.copy_model(model), [Note("", text)]
+    return built, notes
+
+
+def _job(ctx: Context, technique: str, sites: Sequence[str] | None, bits: int, store_rest: bool) -> _Job:
     from featherweight.techniques import get
 
-    job = _Job(get(technique), get(REST) if store_rest else None, sites, weight_bits)
+    return _Job(get(technique), get(REST) if store_rest else None, sites, bits, ctx.keep_float)
+
+
+def _quantize(
+    model: ir.Model,
+    stats: Statistics,
+    ctx: Context,
+    job: _Job,
+    runner: Runner | None,
+    feeds: Sequence[Mapping[str, npt.NDArray[Any]]],
+) -> tuple[ir.Model, list[Note]]:
     ready, ready_stats = model, stats
-    if technique == "static_int8":
+    if job.technique.name == "static_int8":
         ready, ready_stats = _equalise.equalise(model, stats)
     inner = dataclasses.replace(ctx, stats=ready_stats, notes=[], cache={})
     built, integer = _build(ready, inner, job)
@@ -71,8 +94,11 @@ def quantize_model(
             # No kernel for a node in this form: find out by sending everything back at the end.
             inner.note("", f"the integer model does not run: {e}")
             found = _fallback.Comparison({}, -np.inf)
-        if best is None or found.output_db > best[0] + 0.1:
+        gain = np.inf if best is None else found.output_db - best[0]
+        if best is None or gain >= WORTH_DB or (best[0] < POOR_DB and gain > 0):
             best = (found.output_db, built, _notes(inner, kept))
+        elif best[0] >= POOR_DB:
+            break
         if found.output_db >= _fallback.ENOUGH_DB:
             break
         worst = _fallback.suspects(ready, found, integer) if found.noise else sorted(integer)
@@ -91,6 +117,7 @@ class _Job:
     rest: Technique | None
     sites: Sequence[str] | None
     bits: int
+    asked: frozenset[str]
 
 
 def _build(model: ir.Model, ctx: Context, job: _Job) -> tuple[ir.Model, set[str]]:
@@ -109,7 +136,9 @@ def _build(model: ir.Model, ctx: Context, job: _Job) -> tuple[ir.Model, set[str]
         integer.update(site.nodes)
     job.technique.finish(copy, ctx)
     if job.rest is not None:
-        _store_rest(copy, ctx, job, wanted)
+        # What measurement sent back to float compute is still stored in 8 bits; what the user named is not.
+        asked = dataclasses.replace(ctx, keep_float=job.asked, notes=ctx.notes)
+        _store_rest(copy, asked, job, wanted)
     return copy, integer | _glue_names(copy, model)
 
 
