@@ -20,6 +20,8 @@ from featherweight.report.terminal import Column, Grid, shortened, to_text
 def test_report_fits_its_width(report: Report, width: int, everything: bool) -> None:
     shown = text.render(report, width=width, all_layers=everything)
     assert max(cell_len(line) for line in shown.splitlines()) <= width
+    numbers = re.findall(r"\S*…", shown.partition("Decided per layer")[2].partition("Left alone")[0])
+    assert not [n for n in numbers if n[0].isdigit()], "a number is never cut"
 
 
 def test_report_shows_outcome_numbers_evidence_and_limits(report: Report) -> None:

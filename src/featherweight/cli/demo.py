@@ -22,7 +22,7 @@ WRITTEN = ("model.onnx", "plan.json", "report.json", "report.html")
     "--max-drop", type=options.DROP, default="1%", show_default=True, section="Budget", help="How much it may lose."
 )
 @option(
-    "--time-budget", type=options.DURATION, default="100s", show_default=True, section="Search", help="Search time."
+    "--time-budget", type=options.DURATION, default="120s", show_default=True, section="Search", help="Search time."
 )
 @option("-o", "--out", type=options.PATH, default=Path("demo-run"), show_default=True, help="Folder of the result.")
 @options.all_layers_option

@@ -122,16 +122,20 @@ def layer_table(shown: Sequence[layer_rows.Layer], total: layer_rows.Layer) -> G
     costs = bool(total.float_cost_ms)
     kinds = any(layer.int8 is not None for layer in shown)
     columns = [
-        Column("layer", cut="middle", least=30),
-        Column("op", optional=2),
-        Column("shape", optional=3),
+        Column("layer", cut="middle", least=28),
+        Column("op", optional=3),
+        Column("shape", optional=4),
         Column("decision", cut="end", least=16),
         Column("before", "right"),
         Column("after", "right"),
-        Column("MACs", "right", optional=1),
+        Column("MACs", "right", optional=2),
     ]
     made = Grid(
-        [*columns, *([Column("runs in")] if kinds else []), *([Column("float cost", "right")] if costs else [])]
+        [
+            *columns,
+            *([Column("runs in", optional=1)] if kinds else []),
+            *([Column("float cost", "right")] if costs else []),
+        ]
     )
     for layer in [*shown, total]:
         bold = "bold" if layer is total else "dim" if layer.count > 1 else ""
