@@ -223,13 +223,13 @@ def _trips(node: ir.Node, sizes: _Sizes) -> int | None:
     """How often the body runs: known for Scan and for a Loop with a constant count (its upper bound); 1 for If."""
     if node.op_type == "Loop":
         count = surgery.constant(node.inputs[0])
-        return None if count is None else int(count.reshape(-1)[0])
-    if node.op_type == "Scan":
+        return None if count is None or count.size != 1 else int(count.reshape(-1)[0])
+    if node.op_type == "Scan" and "num_scan_inputs" in node.attributes:
         n = node.attributes["num_scan_inputs"].as_int()
         axes = node.attributes["scan_input_axes"].as_ints() if "scan_input_axes" in node.attributes else [0] * n
-        shape = sizes.shape(node.inputs[len(node.inputs) - n])
-        return None if shape is None else shape[axes[0]]
-    return 1
+        shape = sizes.shape(node.inputs[-n]) if axes and 0 < n <= len(node.inputs) else None
+        return None if shape is None or not -len(shape) <= axes[0] < len(shape) else shape[axes[0]]
+    return 1 if node.op_type == "If" else None
 
 
 def _peak(graph: ir.Graph, sizes: _Sizes) -> tuple[int, str]:

@@ -21,7 +21,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
 
 from featherweight.errors import ModelError, OutputError
-from featherweight.graph import validate
+from featherweight.graph import surgery, validate
 from featherweight.graph.surgery import copy_model, in_memory, read_protobuf, read_small
 
 MAX_PROTO_BYTES = 2**31 - 1
@@ -227,18 +227,19 @@ def _raw(tensor: ir.TensorProtocol) -> memoryview:
 
 
 def _serialise(model: ir.Model) -> bytes:
+    nbytes = stored_bytes(model)
+    outside = sum(t.nbytes for t in _tensors(model) if isinstance(t, ir.ExternalTensor))
+    if nbytes - outside > MAX_PROTO_BYTES:
+        raise ModelError(
+            f"a single ONNX file must be below 2 GiB, but the weights have {nbytes} B; save with external data"
+        )
+    proto = surgery.to_proto(model)
+    for graph in validate.graphs(proto.graph):
+        _drop_repeated_info(graph)
     try:
-        proto = ir.serde.serialize_model(model)
-        for graph in validate.graphs(proto.graph):
-            _drop_repeated_info(graph)
         payload: bytes = proto.SerializeToString(deterministic=True)
     except (EncodeError, ValueError) as e:
-        nbytes = stored_bytes(model)
-        if nbytes > MAX_PROTO_BYTES:
-            raise ModelError(
-                f"a single ONNX file must be below 2 GiB, but the weights have {nbytes} B; save with external data"
-            ) from e
-        raise ModelError(f"the model cannot be serialised: {_first_line(e)}") from e
+        raise ModelError(f"the model cannot be serialised: {_first_line(e)}; save with external data") from e
     return payload
 
 

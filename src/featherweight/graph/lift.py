@@ -77,7 +77,14 @@ def _convert(model: ir.Model, old: int) -> None:
     proto, large = shapes.bare_proto(model)
     try:
         converted = ir.serde.deserialize_model(version_converter.convert_version(proto, OPSET))
-    except (version_converter.ConvertError, RuntimeError, ValueError, IndexError) as e:
+    except (
+        version_converter.ConvertError,
+        onnx.shape_inference.InferenceError,
+        onnx.checker.ValidationError,
+        RuntimeError,
+        ValueError,
+        IndexError,
+    ) as e:
         raise ModelError(
             f"the model's opset {old} cannot be lifted to {OPSET}: {str(e).strip()[:200]}; export it with a newer opset"
         ) from e

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from featherweight.errors import ModelError, RunError
-from featherweight.graph import batchnorm, fold, lift, repair, surgery
+from featherweight.graph import batchnorm, expressions, fold, lift, repair, surgery
 
 Outputs = list[dict[str, npt.NDArray[np.generic]]]
 Runner = Callable[[ir.Model, Sequence[Mapping[str, npt.NDArray[np.generic]]]], Outputs]
@@ -71,7 +71,7 @@ _BEFORE: tuple[tuple[str, _Edit], ...] = (
     ("unused parts", repair.drop_unused),
     ("no-ops", repair.drop_no_ops),
     ("casts and layout of weights", fold.fold_into_weights),
-    ("constant expressions", fold.fold_expressions),
+    ("constant expressions", expressions.fold_expressions),
     ("casts and layout of weights", fold.fold_into_weights),
 )
 _AFTER: tuple[tuple[str, _Edit], ...] = (

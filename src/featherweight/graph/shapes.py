@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from featherweight.graph import fold, surgery
+from featherweight.graph import expressions, surgery
 
 _HIDDEN_BYTES = 1024
 _SMALL_BYTES = 8192
@@ -45,7 +45,7 @@ def bare_proto(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, ir.Value]]:
         if not value.is_graph_input():
             bare.graph.inputs.append(value)
         value.const_value = None
-    return ir.serde.serialize_model(bare), large
+    return surgery.to_proto(bare), large
 
 
 def infer(model: ir.Model, input_shapes: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Known]:
@@ -68,7 +68,7 @@ def infer(model: ir.Model, input_shapes: Mapping[str, tuple[int, ...]] | None = 
         known.update(_infer_once(work))
         if not _fix_computed_shapes(work, known):
             break
-        fold.fold_expressions(work, inputs_below_bytes=_SMALL_BYTES)
+        expressions.fold_expressions(work, inputs_below_bytes=_SMALL_BYTES)
         for value in (v for g in work.graphs() for v in g.initializers.values() if v.name):
             known[value.name or ""] = Known(value.type, value.shape)
     return known

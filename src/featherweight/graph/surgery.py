@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from featherweight.errors import ModelError
 
@@ -18,7 +20,7 @@ def copy_model(model: ir.Model) -> ir.Model:
         new = model.clone()
     else:
         # The library clones only sorted graphs; the way through the protobuf does not care.
-        new = ir.serde.deserialize_model(ir.serde.serialize_model(model))
+        new = ir.serde.deserialize_model(to_proto(model))
         for old_graph, new_graph in zip(model.graphs(), new.graphs(), strict=True):
             for name, value in old_graph.initializers.items():
                 new_graph.initializers[name].const_value = value.const_value
@@ -56,6 +58,18 @@ def _map_tensors(model: ir.Model, change: Callable[[ir.TensorProtocol], ir.Tenso
 def read_protobuf(model: ir.Model) -> None:
     """Take all tensors out of the protobuf they were parsed from, in place."""
     _map_tensors(model, lambda t: materialise(t) if isinstance(t, ir.TensorProtoTensor) else t)
+
+
+def to_proto(model: ir.Model) -> onnx.ModelProto:
+    """The model as a protobuf. Raises ModelError where something in it has no place in the format."""
+    try:
+        return ir.serde.serialize_model(model)
+    except (ValueError, TypeError, AttributeError, RuntimeError) as e:
+        root: BaseException = e
+        while root.__cause__ is not None:
+            root = root.__cause__
+        reason = (str(root).strip() or type(root).__name__).splitlines()[0][:200]
+        raise ModelError(f"the model cannot be written as ONNX: {reason}; export it again") from e
 
 
 def _is_sorted(model: ir.Model) -> bool:
@@ -301,12 +315,12 @@ def remove_node(node: ir.Node) -> None:
 def remove_unused(model: ir.Model) -> int:
     """Drop nodes, initializers and functions that no output depends on; returns how many nodes and weights went."""
     before = _count(model)
-    ir.passes.common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedNodesPass()(model)
     for graph in model.graphs():
         for name, value in list(graph.initializers.items()):
             if not list(value.uses()) and not value.is_graph_output() and not value.is_graph_input():
                 graph.initializers.pop(name)
-    ir.passes.common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
+    common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     return before - _count(model)
 
 

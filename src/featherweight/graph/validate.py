@@ -93,12 +93,41 @@ def check_proto(proto: onnx.ModelProto, where: Path) -> None:
             f"{where}: the IR version must be <= {onnx.IR_VERSION}, but got {proto.ir_version}; "
             "install a newer onnx and onnxruntime, or export with an older one"
         )
+    _check_text(proto, where)
     _check_opsets(proto, where)
     densify(proto.graph, where)
     for function in proto.functions:
         _densify_nodes(function.node, where)
     for tensor in tensors(proto):
         check_tensor(tensor, where)
+
+
+def _check_text(proto: onnx.ModelProto, where: Path) -> None:
+    """Names must be text: the parser hands over bytes where they are not UTF-8."""
+    names: list[object] = [i.domain for i in proto.opset_import]
+    for function in proto.functions:
+        names += [function.name, function.domain, *function.input, *function.output, *function.attribute]
+    for node in _all_nodes(proto):
+        names += [node.op_type, node.domain, node.name, *node.input, *node.output, *(a.name for a in node.attribute)]
+    for graph in graphs(proto.graph):
+        values = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
+        names += [graph.name, *(v.name for v in values)]
+    bad = next((n for n in names if not isinstance(n, str)), None)
+    if bad is not None:
+        raise ModelError(f"{where} is corrupt: a name must be UTF-8 text, but one is {bad!r}; download it again")
+
+
+def _all_nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """Every node, in sub-graphs and functions too."""
+    todo = [graph.node for graph in graphs(proto.graph)]
+    for function in proto.functions:
+        todo.append(function.node)
+        for node in function.node:
+            for attr in node.attribute:
+                for sub in ([attr.g] if attr.HasField("g") else []) + list(attr.graphs):
+                    todo.extend(graph.node for graph in graphs(sub))
+    for nodes in todo:
+        yield from nodes
 
 
 def _check_opsets(proto: onnx.ModelProto, where: Path) -> None:
@@ -140,24 +169,13 @@ def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 def tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Every dense tensor of the file: initializers and attributes, sub-graphs and functions included."""
-    nodes = []
     for graph in graphs(proto.graph):
         yield from graph.initializer
-        nodes.append(graph.node)
-    for function in proto.functions:
-        nodes.append(function.node)
-        for node in function.node:
-            for attr in node.attribute:
-                for sub in ([attr.g] if attr.HasField("g") else []) + list(attr.graphs):
-                    for graph in graphs(sub):
-                        yield from graph.initializer
-                        nodes.append(graph.node)
-    for group in nodes:
-        for node in group:
-            for attr in node.attribute:
-                if attr.HasField("t"):
-                    yield attr.t
-                yield from attr.tensors
+    for node in _all_nodes(proto):
+        for attr in node.attribute:
+            if attr.HasField("t"):
+                yield attr.t
+            yield from attr.tensors
 
 
 def is_external(tensor: onnx.TensorProto) -> bool:
