@@ -11,8 +11,8 @@ import onnx_ir as ir
 from featherweight.errors import TechniqueError
 from featherweight.graph import encode
 from featherweight.graph import weights as graph_weights
-from featherweight.graph.encode import recipes
-from featherweight.graph.encode.layout import Encoded, Kind, Layout
+from featherweight.graph.encode import Encoded
+from featherweight.graph.encode.layout import Kind
 from featherweight.graph.weights import Weight
 
 F32 = npt.NDArray[np.float32]
@@ -27,6 +27,7 @@ class ScalePlace:
     rows: npt.NDArray[np.int64]
 
 
+VOCABULARY_ROWS = 2048
 HALF_HIGH = 6e4
 HALF_STEP = 2.0**-25  # largest error of a float16 below its normal range
 _places: dict[tuple[object, ...], ScalePlace] = {}
@@ -122,6 +123,24 @@ def encoded_bytes(weight: Weight, bits: int, block: int, *, nbits: bool, half: b
     else:
         place = row_place(weight)
         axis, size = place.axis, place.block
-    kind: Kind = "dequantize" if nbits else "linear"
-    layout = Layout(kind, weight.shape, bits, axis=axis, block=size, half_scale=half and not nbits)
-    return recipes.nbytes(recipes.cheapest(layout))
+    kind: Kind = "dequantize" if nbits else "lookup" if looked_up(weight) and not block else "linear"
+    return encode.sizes(weight.shape, kind, bits, axis=axis, block=size, half_scale=half and not nbits)
+
+
+def looked_up(weight: Weight) -> bool:
+    """True for vocabularies: tables so long that a call reads few rows, which are then decoded one by one."""
+    gathers = all(u.role == "gather" and not u.layout and _axis_of(u.node) == 0 for u in weight.uses)
+    return gathers and len(weight.shape) == 2 and weight.shape[0] >= VOCABULARY_ROWS
+
+
+def _axis_of(node: ir.Node) -> int:
+    axis = node.attributes.get("axis")
+    return 0 if axis is None else int(axis.as_int())
+
+
+def attach(model: ir.Model, weight: Weight, coded: Encoded) -> tuple[ir.Value, int]:
+    """Write `coded` in place of the weight: the decoded value and the bytes it takes."""
+    by_row = coded.kind == "palette" or (coded.kind == "linear" and not coded.layout.block)
+    if looked_up(weight) and by_row and coded.layout.groups == 1:
+        coded = encode.lookup(coded)
+    return encode.attach(model, weight.value, coded), coded.nbytes

@@ -17,8 +17,6 @@ from featherweight.core import Action, Site, Stage
 from featherweight.errors import TechniqueError
 from featherweight.graph import encode, io
 from featherweight.graph import weights as graph_weights
-from featherweight.graph.encode import recipes
-from featherweight.graph.encode.layout import Layout
 from featherweight.techniques import _half, _place
 from featherweight.techniques._profile import profile, refusal
 from featherweight.techniques._protocol import Context, Estimate, Technique
@@ -59,7 +57,7 @@ class Float16:
             floats = sum(v.const_value.size for v in _float_initializers(model) if v.const_value is not None)
             return Estimate(max(site.size_bytes - 2 * floats, 0), 2.0**-20)
         weight = _place.find(model, site.name)
-        size = recipes.nbytes(Layout("float16", weight.shape))
+        size = encode.sizes(weight.shape, "float16", 16)
         facts = profile(weight, ctx)
         if facts.signal <= 0:
             return Estimate(size, 0.0)

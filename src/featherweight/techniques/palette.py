@@ -16,8 +16,7 @@ from featherweight.core import Action, Site, Stage
 from featherweight.errors import TechniqueError
 from featherweight.graph import encode
 from featherweight.graph import weights as graph_weights
-from featherweight.graph.encode import recipes
-from featherweight.graph.encode.layout import Layout
+from featherweight.graph.encode.layout import Kind
 from featherweight.graph.weights import Weight
 from featherweight.techniques import _absorb, _codebook, _place
 from featherweight.techniques._profile import RowProfile, profile, refusal
@@ -65,8 +64,8 @@ class Palette:
         levels = 2**bits
         if weight.array().size <= 4096:
             levels = min(levels, len(np.unique(weight.array())))
-        layout = Layout("palette", weight.shape, bits, groups=groups, levels=levels)
-        size = recipes.nbytes(recipes.cheapest(layout)) + facts.added_bytes
+        kind: Kind = "lookup" if _place.looked_up(weight) and groups == 1 else "palette"
+        size = encode.sizes(weight.shape, kind, bits, groups=groups, levels=levels) + facts.added_bytes
         return Estimate(size, _clustering_noise(facts, bits, groups) if facts.signal > 0 else 0.0)
 
     def apply(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> tuple[Site, ...]:
@@ -86,12 +85,12 @@ class Palette:
         coded = encode.palette(weight.from_matrix(chosen.indices), books, bits)
         error = matrix - chosen.decoded()
         shift, place = _absorb.mean_shift(error, found), _absorb.slot(weight)
-        stored = encode.attach(model, weight.value, coded)
+        stored, size = _place.attach(model, weight, coded)
         extra = 0
         if shift is not None and place is not None:
             _absorb.absorb(model, place, shift, weight.name)
             extra = _absorb.added_bytes(place)
-        return (Site(site.name, "weight", (stored.name or "",), site.nodes, coded.nbytes + extra),)
+        return (Site(site.name, "weight", (stored.name or "",), site.nodes, size + extra),)
 
     def finish(self, model: ir.Model, ctx: Context) -> None:
         """Nothing is left to do."""

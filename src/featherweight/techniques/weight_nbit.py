@@ -93,12 +93,12 @@ class WeightNbit:
         coded = _place.encoded(weight, q.codes, q.scale, bits, block, nbits=nbits)
         error = matrix - weight.to_matrix(encode.decode(coded))
         shift, place = _absorb.mean_shift(error, found), _absorb.slot(weight)
-        stored = encode.attach(model, weight.value, coded)
+        stored, size = _place.attach(model, weight, coded)
         extra = 0
         if shift is not None and place is not None:
             _absorb.absorb(model, place, shift, weight.name)
             extra = _absorb.added_bytes(place)
-        return (Site(site.name, "weight", (stored.name or "",), site.nodes, coded.nbytes + extra),)
+        return (Site(site.name, "weight", (stored.name or "",), site.nodes, size + extra),)
 
     def finish(self, model: ir.Model, ctx: Context) -> None:
         """Nothing is left to do."""
