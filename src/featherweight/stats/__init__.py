@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from featherweight.stats.streaming import collect, model_key
 from featherweight.stats.statistics import MomentStats, Statistics, ValueStats
+from featherweight.stats.streaming import collect, model_key
 
 __all__ = ["MomentStats", "Statistics", "ValueStats", "collect", "model_key"]

@@ -42,10 +42,14 @@ class Writer:
     def dequantized(
         self, codes: ir.Value, scale: npt.NDArray[np.float32], axis: int | None, dtype: type[np.generic], hint: str
     ) -> ir.Node:
-        """DequantizeLinear of constant codes, not yet in the graph. `scale` () or (channels,)."""
-        zero = self.constant(np.zeros(scale.shape, dtype), "zeros")
+        """DequantizeLinear of constant codes, not yet in the graph. `scale` () or (channels,).
+
+        Gemm's kernel needs the zero point spelled out; MatMul's refuses one for codes of more than two axes.
+        """
         attributes = {} if axis is None or scale.ndim == 0 else {"axis": axis}
-        inputs = [codes, self.constant(scale.astype(np.float32), "scales"), zero]
+        inputs = [codes, self.constant(scale.astype(np.float32), "scales")]
+        if codes.shape is None or len(codes.shape) <= 2:
+            inputs.append(self.constant(np.zeros(scale.shape, dtype), "zeros"))
         return surgery.make_node(self.namer, "DequantizeLinear", inputs, hint, attributes=attributes)
 
 

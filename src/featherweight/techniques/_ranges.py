@@ -41,7 +41,7 @@ class Grid:
         return (LEVELS - self.zero_point) * self.scale
 
     def round(self, x: F32) -> F32:
-        """x -> nearest representable values, float32, same shape."""
+        """X -> nearest representable values, float32, same shape."""
         scale, zero = np.float32(self.scale), np.float32(self.zero_point)
         code = np.rint(x / scale)
         code += zero

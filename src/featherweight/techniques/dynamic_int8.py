@@ -128,9 +128,10 @@ def _rewrite(writer: _qdq.Writer, node: ir.Node, stored: ir.Value, scale: F32) -
     alpha = np.float32(_units.attribute(node, "alpha", 1.0)) if node.op_type == "Gemm" else np.float32(1)
     rank_one = len(stored.shape or ()) == 1
     weight_scale = (scale * alpha).reshape(() if rank_one else (-1,)).astype(np.float32)
-    zero = writer.constant(np.zeros(weight_scale.shape, np.int8), "zeros")
+    # A per-channel zero point is refused for codes of more than two axes; absent means 0.
+    zero = [] if len(stored.shape or ()) > 2 else [writer.constant(np.zeros(weight_scale.shape, np.int8), "zeros")]
     q = surgery.make_node(namer, "DynamicQuantizeLinear", [x], f"{name}_codes", n_outputs=3)
-    dot = surgery.make_node(namer, "MatMulInteger", [q.outputs[0], stored, q.outputs[2], zero], f"{name}_int32")
+    dot = surgery.make_node(namer, "MatMulInteger", [q.outputs[0], stored, q.outputs[2], *zero], f"{name}_int32")
     wide = surgery.make_node(namer, "Cast", [dot.outputs[0]], f"{name}_wide", attributes={"to": int(ir.DataType.FLOAT)})
     scales = writer.constant(weight_scale, "scales")
     both = surgery.make_node(namer, "Mul", [q.outputs[1], scales], f"{name}_scale")

@@ -68,7 +68,7 @@ class StaticInt8:
         bits = int(action.get("weight_bits", 8))
         if bits not in BITS:
             raise TechniqueError(f"weight_bits must be one of {BITS}, but got {bits}")
-        codes, scale = weight_codes(weight, bits, ctx)
+        codes, scale = weight_codes(weight, bits, ctx, corrected=_takes_bias(weight))
         _remember(weight, codes, scale, ctx)
         stored = encode.attach(model, weight.value, encode.int_tensor(weight.from_matrix(codes), bits))
         return (_dequantize(model, weight, stored, scale, site),)
@@ -96,9 +96,14 @@ class StaticInt8:
         surgery.remove_unused(model)
 
 
-def weight_codes(weight: Weight, bits: int, ctx: Context) -> tuple[npt.NDArray[np.int8], F32]:
-    """codes int8 (g, out, k) and scale float32 (g, out) of one weight; kept in `ctx.cache`."""
-    key = ("static_int8", ctx.stats.key if ctx.stats else "", weight.name, bits)
+def weight_codes(
+    weight: Weight, bits: int, ctx: Context, *, corrected: bool = False
+) -> tuple[npt.NDArray[np.int8], F32]:
+    """Codes int8 (g, out, k) and scale float32 (g, out) of one weight; kept in `ctx.cache`.
+
+    `corrected`: a bias takes the mean error away, so only the covariance of the inputs counts.
+    """
+    key = ("static_int8", ctx.stats.key if ctx.stats else "", weight.name, bits, corrected)
     if key in ctx.cache:
         found: tuple[npt.NDArray[np.int8], F32] = ctx.cache[key]
         return found
@@ -106,6 +111,9 @@ def weight_codes(weight: Weight, bits: int, ctx: Context) -> tuple[npt.NDArray[n
     second = ctx.stats.second_moment(weight.name) if ctx.stats is not None else None
     if second is not None and second.shape[0] != matrix.shape[0]:
         second = None
+    mean = ctx.stats.mean(weight.name) if ctx.stats is not None else None
+    if corrected and second is not None and mean is not None and second.ndim == 3:
+        second = second - mean[:, :, None] * mean[:, None, :]
     codes, scale = rounded_codes(matrix, second, bits=bits, pairs=None if ctx.profile.int8_dot else pair_order(weight))
     floor = bias_scale_floor(weight, ctx)
     if floor is not None and (scale < floor).any():
@@ -121,7 +129,7 @@ def weight_codes(weight: Weight, bits: int, ctx: Context) -> tuple[npt.NDArray[n
 def rounded_codes(
     matrix: F32, second: npt.NDArray[np.float64] | None, *, bits: int, pairs: npt.NDArray[np.int64] | None
 ) -> tuple[npt.NDArray[np.int8], F32]:
-    """matrix (g, out, k), second (g, k, k) or None -> codes int8, scale (g, out). `pairs`: the kernel's order, or None.
+    """Matrix (g, out, k), second (g, k, k) or None -> codes int8, scale (g, out). `pairs`: the kernel's order, or None.
 
     At 8 bits the step is the covering one and one pass of error feedback does: further search gains 0.3 dB of
     about 50 and takes 5 times as long.
@@ -161,13 +169,26 @@ def bias_scale_floor(weight: Weight, ctx: Context) -> F32 | None:
     return floor.reshape(g, out) if floor.any() else None
 
 
+def _takes_bias(weight: Weight) -> bool:
+    """True if `finish` can add to the bias behind the weight's only use."""
+    if len(weight.uses) != 1:
+        return False
+    node = weight.main_use.node
+    if node.op_type == "Gemm":
+        bias = _units.constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        return len(node.inputs) < 3 or node.inputs[2] is None or (bias is not None and bias.ndim == 1)
+    g, out, _ = weight.matrix_shape
+    return node.op_type == "Conv" or _units.bias_add(node, g * out) is not None
+
+
 def _remember(weight: Weight, codes: npt.NDArray[np.int8], scale: F32, ctx: Context) -> None:
     """Keep what bias correction needs: the mean error of the outputs and the rounded weights summed over the kernel."""
-    rounded = codes.astype(np.float32) * scale[..., None]
-    matrix = weight.to_matrix(weight.array())
+    alpha = np.float32(_units.attribute(weight.main_use.node, "alpha", 1.0))
+    rounded = codes.astype(np.float32) * (scale * alpha)[..., None]
+    matrix = weight.to_matrix(weight.array()) * alpha
     mean = ctx.stats.mean(weight.name) if ctx.stats is not None else None
     shift = None
-    if mean is not None and mean.shape == (matrix.shape[0], matrix.shape[2]):
+    if len(weight.uses) == 1 and mean is not None and mean.shape == (matrix.shape[0], matrix.shape[2]):
         shift = np.einsum("gok,gk->go", (matrix - rounded).astype(np.float64), mean).ravel().astype(np.float32)
     positions = int(np.prod(weight.shape[2:], dtype=np.int64)) if weight.main_use.role == "conv" else 1
     g, out, k = rounded.shape
