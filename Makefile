@@ -15,7 +15,8 @@ ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 # A folder of labelled photos for the demo; without one it uses the photos in the package.
 DEMO_DATA ?= $(wildcard ../shared/data/imagenet-samples)
-BENCH_DATA ?= $(wildcard ../shared/data)
+# The benchmark's data: by default the folder that holds the demo's.
+BENCH_DATA ?= $(patsubst %/,%,$(dir $(DEMO_DATA)))
 
 .PHONY: help demo test check test-slow bench clean
 
