@@ -234,8 +234,12 @@ def _serialise(model: ir.Model) -> bytes:
             f"a single ONNX file must be below 2 GiB, but the weights have {nbytes} B; save with external data"
         )
     proto = surgery.to_proto(model)
+    repeated = _repeated_info(model)
     for graph in validate.graphs(proto.graph):
-        _drop_repeated_info(graph)
+        kept = [v for v in graph.value_info if v.name not in repeated or v.metadata_props]
+        if len(kept) < len(graph.value_info):
+            del graph.value_info[:]
+            graph.value_info.extend(kept)
     try:
         payload: bytes = proto.SerializeToString(deterministic=True)
     except (EncodeError, ValueError) as e:
@@ -243,13 +247,19 @@ def _serialise(model: ir.Model) -> bytes:
     return payload
 
 
-def _drop_repeated_info(graph: onnx.GraphProto) -> None:
-    """Initializers carry their own type and shape; a second record of it is only bytes."""
-    stored = {t.name for t in graph.initializer}
-    kept = [v for v in graph.value_info if v.name not in stored]
-    if len(kept) < len(graph.value_info):
-        del graph.value_info[:]
-        graph.value_info.extend(kept)
+def _repeated_info(model: ir.Model) -> set[str]:
+    """Tensors whose recorded type and shape every reader knows anyway: stored ones, and results of standard operators.
+
+    The result of a constant expression keeps its record: it says what shape an encoded weight has.
+    """
+    known: dict[ir.Value, bool] = {}
+    repeated: set[str] = set()
+    for graph in model.graphs():
+        repeated.update(graph.initializers)
+        for node in graph:
+            if node.domain in ("", "ai.onnx"):
+                repeated.update(o.name for o in node.outputs if o.name and not surgery.is_constant(o, known))
+    return repeated
 
 
 def _temporary_file(folder: Path, name: str) -> Path:

@@ -174,23 +174,31 @@ def _check_repairs(work: _Work) -> None:
 
 
 def _fold_batchnorms(work: _Work) -> None:
-    """All at once if the outputs stay, else halves, so that one bad layer does not keep the others."""
-    todo = [batchnorm.candidates(work.model)]
+    """Fold in rounds, because folding one may bring the next behind a layer."""
+    undone: set[str] = set()
+    while names := [n for n in batchnorm.candidates(work.model) if n not in undone]:
+        undone |= _fold_round(work, names)
+
+
+def _fold_round(work: _Work, names: list[str]) -> set[str]:
+    """All at once if the outputs stay, else halves, so that one bad layer does not keep the others. Returns the bad."""
+    bad: set[str] = set()
+    todo = [names]
     while todo:
-        names = todo.pop(0)
-        if not names:
-            continue
+        part = todo.pop(0)
         candidate = surgery.copy_model(work.model)
-        folded = batchnorm.fold_batchnorms(candidate, set(names))
+        folded = batchnorm.fold_batchnorms(candidate, set(part))
         worst, why = work.check(candidate)
         if not why:
             work.model = candidate
             work.steps.append(Step("batch normalisation", True, worst, False, f"{folded} folded"))
-        elif len(names) == 1:
-            work.steps.append(Step("batch normalisation", True, worst, True, f"{names[0]} undone: {why}"))
+        elif len(part) == 1:
+            bad.add(part[0])
+            work.steps.append(Step("batch normalisation", True, worst, True, f"{part[0]} undone: {why}"))
         else:
-            middle = len(names) // 2
-            todo[:0] = [names[:middle], names[middle:]]
+            middle = len(part) // 2
+            todo[:0] = [part[:middle], part[middle:]]
+    return bad
 
 
 def _is_random(model: ir.Model) -> bool:

@@ -6,6 +6,7 @@ model's own folder, and nothing the file says may make us read or write elsewher
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +96,7 @@ def check_proto(proto: onnx.ModelProto, where: Path) -> None:
         )
     _check_text(proto, where)
     _check_opsets(proto, where)
+    _check_attributes(proto, where)
     densify(proto.graph, where)
     for function in proto.functions:
         _densify_nodes(function.node, where)
@@ -112,9 +114,33 @@ def _check_text(proto: onnx.ModelProto, where: Path) -> None:
     for graph in graphs(proto.graph):
         values = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
         names += [graph.name, *(v.name for v in values)]
+    names += [e.value for t in tensors(proto) for e in t.external_data]
     bad = next((n for n in names if not isinstance(n, str)), None)
     if bad is not None:
         raise ModelError(f"{where} is corrupt: a name must be UTF-8 text, but one is {bad!r}; download it again")
+
+
+def _check_attributes(proto: onnx.ModelProto, where: Path) -> None:
+    """Attributes must have the type that their operator declares, and hold what their type says."""
+    version = next((i.version for i in proto.opset_import if i.domain in ("", "ai.onnx")), MIN_OPSET)
+    for node in _all_nodes(proto):
+        declared = {}
+        if node.domain in ("", "ai.onnx") and onnx.defs.has(node.op_type):
+            with contextlib.suppress(onnx.defs.SchemaError):
+                declared = onnx.defs.get_schema(node.op_type, version, "").attributes
+        for attr in node.attribute:
+            if attr.ref_attr_name:
+                continue
+            wanted = int(declared[attr.name].type.value) if attr.name in declared else int(attr.type)
+            empty = (attr.type == onnx.AttributeProto.TENSOR and not attr.HasField("t")) or (
+                attr.type == onnx.AttributeProto.GRAPH and not attr.HasField("g")
+            )
+            if attr.type == 0 or attr.type != wanted or empty:
+                kind = onnx.AttributeProto.AttributeType.Name(attr.type) if 0 <= attr.type <= 14 else str(attr.type)
+                raise ModelError(
+                    f"{where}: attribute {attr.name!r} of node {node.name or node.op_type!r} must hold what its "
+                    f"operator declares, but it is {'an empty ' if empty else 'a '}{kind}; export it again"
+                )
 
 
 def _all_nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:

@@ -212,7 +212,7 @@ def weights(model: ir.Model, *, min_elements: int = 0) -> list[Weight]:
     uses: dict[ir.Value, list[WeightUse]] = {}
     known: dict[ir.Value, bool] = {}
     for node, path in surgery.paths(model).items():
-        for index in _weight_inputs(node):
+        for index in _weight_inputs(node) if len(node.inputs) > 1 else ():
             stored, layout = _stored(node.inputs[index])
             if stored is None or stored.dtype not in FLOAT_TYPES:
                 continue
@@ -318,6 +318,8 @@ def _why_skipped(node: ir.Node, listed: set[tuple[ir.Node, int]], known: dict[ir
     if node.op_type == "Einsum":
         has = any(surgery.constant_tensor(v) is not None for v in node.inputs)
         return "Einsum with a stored operand is not taken apart; left as it is" if has else ""
+    if len(node.inputs) < 2:
+        return ""
     if node.op_type == "Gemm" and surgery.constant_tensor(node.inputs[0]) is not None:
         return "the stored operand of this Gemm is the left one; left as it is"
     for index in _weight_inputs(node):
