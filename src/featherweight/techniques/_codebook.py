@@ -121,7 +121,7 @@ def _first_centroids(points: F64, mass: F64, levels: int) -> F64:
         # Half by distance, so that no two far outliers share a cell.
         where = cumulative / cumulative[-1] + (points - points[0]) / (points[-1] - points[0])
         cell = np.minimum((where * (BINS / 2)).astype(np.int64), BINS - 1)
-        weight = np.bincount(cell, mass, BINS)
+        weight = np.bincount(cell, mass, BINS).astype(np.float64)
         moment = np.bincount(cell, mass * points, BINS)
         points, mass = moment[weight > 0] / weight[weight > 0], weight[weight > 0]
     if len(points) <= levels:

@@ -214,14 +214,10 @@ def quantize(
     Raises:
         TechniqueError: wrong bits, shapes, or values that are not finite.
     """
-    if not 2 <= bits <= 8:
-        raise TechniqueError(f"bits must be 2..8, but got {bits}; 1 bit needs a palette")
-    if block < 0:
-        raise TechniqueError(f"block must be >= 0 (0: one scale a row), but got {block}")
+    _check_grid(bits, block)
     check(W, C)
     g, _, k = W.shape
-    # Powers of two are exact, and keep squares of any finite weight inside float32.
-    unit = np.float32(2.0 ** np.clip(np.floor(np.log2(max(float(np.abs(W).max()), 1e-30))), -100, 100))
+    unit = _power_of_two(W)
     Wt = np.ascontiguousarray(W.transpose(0, 2, 1) / unit, dtype=np.float32)
     C, level = levelled(C)
     importance = importance_of(C, g, k)
@@ -236,38 +232,48 @@ def quantize(
     )
     weight = (float(unit) ** 2 * level)[:, None]
     total = float((row_errors(C, Wt) * weight).sum())
-    if C is None or C.ndim == 2:
-        order = np.arange(k)
-        codes, E = plain(Wt, grid)
-        error = row_errors(C, E)
-    else:
-        # Important inputs first: their errors can still be absorbed by all the others.
-        order = np.argsort(-importance.sum(axis=0), kind="stable")
-        grid = grid.permuted(order)
-        starts = PAIR_STARTS if grid.mate is not None else STARTS.get(bits, LOW_BIT_STARTS)
-        codes, error = _solve(
-            Wt[:, order],
-            C[:, order[:, None], order],
-            grid,
-            damp=damp,
-            starts=starts if scale is None else (1.0,),
-            free=scale is None,
-            sweeps=sweeps,
-        )
-    natural = codes[:, np.argsort(order)].transpose(0, 2, 1)
-    pick = slice(None) if block else 0
-    zero = None if symmetric else grid.zero.transpose(0, 2, 1)[..., pick].astype(np.int8)
-    error = error * weight
+    codes, error, grid = _choose(Wt, C, grid, importance, damp=damp, bits=bits, free=scale is None, sweeps=sweeps)
+    natural = codes.transpose(0, 2, 1)
     empty = ~np.logical_or.reduceat(Wt != 0, _scales.span_starts(k, block), axis=1)
-    found = np.where(empty, np.float32(1), grid.scale * unit).transpose(0, 2, 1)[..., pick]
+    found = np.where(empty, np.float32(1), grid.scale * unit) if scale is None else None
+    error = error * weight
     return Quantized(
         np.ascontiguousarray(natural.astype(np.int8)),
-        np.ascontiguousarray(found if scale is None else scale, dtype=np.float32),
-        zero,
+        np.ascontiguousarray(scale if found is None else _by_row(found, block), dtype=np.float32),
+        None if symmetric else _by_row(grid.zero, block).astype(np.int8),
         float(error.sum()) / total if total > 0 else 0.0,
         error,
         block,
     )
+
+
+def _choose(
+    Wt: F32, C: F64 | None, grid: LinearGrid, importance: F32, *, damp: float, bits: int, free: bool, sweeps: int
+) -> tuple[F32, F64, LinearGrid]:
+    """Codes in natural index order, row errors under the levelled C, and the grid they belong to."""
+    if C is None or C.ndim == 2:
+        codes, E = plain(Wt, grid)
+        return codes, row_errors(C, E), grid
+    # Important inputs first: their errors can still be absorbed by all the others.
+    order = np.argsort(-importance.sum(axis=0), kind="stable")
+    grid = grid.permuted(order)
+    starts = PAIR_STARTS if grid.mate is not None else STARTS.get(bits, LOW_BIT_STARTS)
+    codes, error = _solve(
+        Wt[:, order],
+        C[:, order[:, None], order],
+        grid,
+        damp=damp,
+        starts=starts if free else (1.0,),
+        free=free,
+        sweeps=sweeps,
+    )
+    return codes[:, np.argsort(order)], error, grid
+
+
+def _by_row(spans: F32, block: int) -> F32:
+    """(g, spans, out) -> (g, out), or (g, out, spans) if blocked."""
+    rows = spans.transpose(0, 2, 1)
+    return np.ascontiguousarray(rows if block else rows[..., 0])
 
 
 def _solve(
@@ -338,6 +344,18 @@ def importance_of(C: F64 | None, groups: int, k: int) -> F32:
     if C is None:
         return np.ones((groups, k), np.float32)
     return np.maximum(C if C.ndim == 2 else np.einsum("gii->gi", C), 1e-4).astype(np.float32)
+
+
+def _check_grid(bits: int, block: int) -> None:
+    if not 2 <= bits <= 8:
+        raise TechniqueError(f"bits must be 2..8, but got {bits}; 1 bit needs a palette")
+    if block < 0:
+        raise TechniqueError(f"block must be >= 0 (0: one scale a row), but got {block}")
+
+
+def _power_of_two(W: F32) -> np.float32:
+    """At most the largest magnitude. Dividing by it is exact, and keeps squares of any weight in float32."""
+    return np.float32(2.0 ** np.clip(np.floor(np.log2(max(float(np.abs(W).max()), 1e-30))), -100, 100))
 
 
 def check(W: F32, C: Moments | None) -> None:
