@@ -176,12 +176,19 @@ def _result(times: list[tuple[float, float]], threads: int, cpus: tuple[int, ...
 
 def median_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
     """Distribution-free interval of the median from order statistics (binomial); the whole range if there are few."""
-    from scipy.stats import binom
-
     ordered = sorted(values)
     n = len(ordered)
-    k = int(binom.ppf((1 - level) / 2, n, 0.5))
+    k = binomial_quantile((1 - level) / 2, n)
     return ordered[max(0, k - 1)], ordered[min(n - 1, n - k)]
+
+
+def binomial_quantile(q: float, n: int) -> int:
+    """The least k with P(X <= k) >= q for X of n fair tosses; exact, in whole numbers."""
+    term, total, k = 1, 1, 0
+    while total < q * 2**n if n < 1000 else total < int(q * 2**64) * 2 ** (n - 64):
+        term = term * (n - k) // (k + 1)
+        total, k = total + term, k + 1
+    return k
 
 
 _session: Any = None

@@ -208,16 +208,23 @@ def sqnr_db(values: Float, _labels: Labels) -> Float:
 
 def spearman(values: Float, labels: Labels) -> Float:
     """Rank correlation (b,) of `values` (b, n) with `labels` (b, n); ties share ranks; 0 if one side is constant."""
-    from scipy.stats import rankdata
-
     if labels is None:
         raise DataError("spearman needs gold scores, but the data has none")
     if values.shape[1] < 2:
         raise DataError(f"spearman needs at least 2 samples, but got {values.shape[1]}")
-    x, y = rankdata(values, axis=1), rankdata(labels.reshape(values.shape), axis=1)
+    x, y = ranks(values), ranks(labels.reshape(values.shape))
     x, y = x - x.mean(axis=1, keepdims=True), y - y.mean(axis=1, keepdims=True)
     norm = np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1))
     return np.asarray(np.where(norm > 0, (x * y).sum(axis=1) / np.where(norm > 0, norm, 1.0), 0.0))
+
+
+def ranks(values: npt.NDArray[Any]) -> Float:
+    """Rank 1..n of each entry within its row (b, n); ties share the mean of their ranks."""
+    out = np.empty(values.shape, np.float64)
+    for row, found in zip(values, out, strict=True):
+        ordered = np.sort(row)
+        found[:] = (np.searchsorted(ordered, row, "left") + np.searchsorted(ordered, row, "right") + 1) / 2
+    return out
 
 
 def spearman_resampled(values: Float, labels: Labels, rows: npt.NDArray[np.intp]) -> Float:

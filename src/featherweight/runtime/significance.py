@@ -100,13 +100,22 @@ def drop_interval(
 
 def mcnemar(baseline: Float, candidate: Float) -> tuple[int, int, float]:
     """Exact two-sided McNemar test of 0/1 scores (n,): (gained, lost, p). p is 1 if nothing changed."""
-    from scipy.stats import binomtest
-
     gained = int(((candidate == 1) & (baseline == 0)).sum())
     lost = int(((candidate == 0) & (baseline == 1)).sum())
     if gained + lost == 0:
         return 0, 0, 1.0
-    return gained, lost, float(binomtest(min(gained, lost), gained + lost, 0.5).pvalue)
+    return gained, lost, _two_sided(min(gained, lost), gained + lost)
+
+
+def _two_sided(k: int, n: int) -> float:
+    """P(as uneven as k of n or worse) when both sides are equally likely: exact, in whole numbers."""
+    if 2 * k == n:
+        return 1.0
+    term, total = 1, 0
+    for i in range(k + 1):
+        total += term
+        term = term * (n - i) // (i + 1)
+    return min(1.0, 2 * total / 2**n)
 
 
 def agresti_min(gained: int, lost: int, n: int, level: float = 0.95) -> tuple[float, float]:
@@ -138,7 +147,8 @@ def samples_needed(drop: Drop, limit: float) -> int | None:
         return drop.n_samples
     gap = limit - drop.value
     reach = drop.interval.high - drop.value if gap > 0 else drop.value - drop.interval.low
-    if gap == 0 or not math.isfinite(reach):
+    # The drop is at the limit to within a thousandth of its spread: no number that could be gathered would tell.
+    if not math.isfinite(reach) or abs(gap) < 1e-3 * reach:
         return None
     return max(drop.n_samples + 1, math.ceil(drop.n_samples * (reach / gap) ** 2))
 

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from featherweight.core import STAGES, Decision, Plan, Site
 from featherweight.errors import PlanError
 from featherweight.graph import surgery
+from featherweight.graph.weights import weights
 from featherweight.techniques import Context, Technique
 
 
@@ -18,7 +19,8 @@ def all_sites(model: ir.Model, techniques: Iterable[Technique]) -> dict[str, Sit
     for technique in techniques:
         for site in technique.sites(model):
             found.setdefault(site.name, site)
-    return found
+    order = {w.name: i for i, w in enumerate(weights(model))}
+    return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
 
 
 def build(model: ir.Model, plan: Plan, ctx: Context, techniques: Mapping[str, Technique]) -> ir.Model:

@@ -36,7 +36,7 @@ def finish(problem: Problem, known: Baseline, found: Found, *, save_anyway: bool
         return _nothing_pays(problem, known, found)
     broken = problem.budget.violations(result)
     _say_what_is_uncertain(problem, drop)
-    answer: Answer = "not found" if broken or found.best is None else "yes"
+    answer: Answer = "not found" if broken else "yes"
     outcome, reason = _outcome(found, broken)
     plan = replay.sealed(problem, found.ground.ctx, chosen.plan)
     if answer == "yes" or save_anyway:
@@ -50,12 +50,13 @@ def _gains_nothing(result: Measurement, problem: Problem) -> bool:
 
 
 def _outcome(found: Found, broken: list[str]) -> tuple[str, str]:
-    if not broken and found.best is not None:
-        return "met", f"every limit holds on unseen data; {found.stop_reason}"
+    if not broken:
+        aside = "" if found.best is not None else " (on validation data it was over one, so be careful)"
+        return "met", f"every limit holds on unseen data{aside}; {found.stop_reason}"
     if found.best is not None:
         return "not met", f"within the limits on validation data, but on unseen data {'; '.join(broken)}"
-    missed = "; ".join(broken) or found.stop_reason
-    return "not met", f"not found within {len(found.attempts)} candidates; the nearest misses: {missed}"
+    tried = f"{len(found.attempts)} candidate{'' if len(found.attempts) == 1 else 's'}"
+    return "not met", f"not found within {tried} ({found.stop_reason}); the nearest misses: {'; '.join(broken)}"
 
 
 def _say_what_is_uncertain(problem: Problem, drop: significance.Drop | None) -> None:
@@ -116,7 +117,7 @@ def _report(
         *(found.ground.effects.refused if found else ()),
     ]
     problem.facts["seconds"] = round(time.monotonic() - problem.started, 1)
-    problem.facts["model"] = str(problem.original)
+    problem.facts["model"] = problem.original.name
     problem.facts["target"] = problem.profile.name
     facts = {k: v for k, v in problem.facts.items() if k != "macs"}
     report = Report(

@@ -62,9 +62,9 @@ class State:
 
     def exhausted(self) -> bool:
         """True if no further candidate may be tried; says why in `stop_reason`."""
-        if self.out_of_time():
+        if self.attempts and self.out_of_time():
             self.stop_reason = "the time budget is used up"
-        elif len({id(a) for a in self.attempts}) >= self.max_candidates:
+        elif len(self.attempts) >= self.max_candidates:
             self.stop_reason = f"{self.max_candidates} candidates were measured"
         return bool(self.stop_reason)
 

@@ -16,6 +16,7 @@ import numpy as np
 from featherweight.core import Attempt, Measurement, Plan
 from featherweight.errors import RunError, TechniqueError
 from featherweight.graph import io
+from featherweight.quantities import format_bytes
 from featherweight.runtime import evaluate as ev
 from featherweight.runtime import measure, ort, significance
 from featherweight.search.baseline import LATENCY_FEEDS, QUICK_LATENCY_S, Baseline
@@ -48,7 +49,7 @@ def measure_plan(problem: Problem, known: Baseline, ctx: Context, plan: Plan) ->
     attempt = Attempt(index, plan, measured, error, time.monotonic() - started)
     problem.journal.record(attempt)
     if measured is not None:
-        problem.progress.best(f"{measured.size_bytes} B, {measured.metric_name} {measured.metric:.4g}")
+        problem.progress.best(f"{format_bytes(measured.size_bytes)}, {measured.metric_name} {measured.metric:.4g}")
     return attempt
 
 

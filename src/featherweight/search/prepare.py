@@ -16,6 +16,7 @@ from featherweight.search.candidates import all_sites
 from featherweight.search.effects import Effects, SiteFacts, build_effects, modelled_latency_ms
 from featherweight.search.problem import Problem, first_feeds
 from featherweight.stats import Statistics, collect
+from featherweight.stats.shrinkage import shrunk
 from featherweight.techniques import Context
 from featherweight.techniques._equalise import equalise
 
@@ -54,7 +55,7 @@ def statistics(problem: Problem) -> Statistics:
     stats.save(path)
     # Read back, so that a replay from the saved file sees the same numbers to the bit.
     read = Statistics.load(path)
-    problem.model, ready = equalise(problem.model, read)
+    problem.model, ready = equalise(problem.model, shrunk(read))
     io.save(problem.model, problem.model_path)
     problem.model_sha256 = io.sha256(problem.model_path)
     return ready
@@ -111,8 +112,8 @@ def _gains(problem: Problem, ctx: Context, wanted: list[Weight]) -> dict[str, fl
         changed: dict[str, np.ndarray] = {}
         for i, w in enumerate(opened):
             matrix = w.to_matrix(w.array())
-            moved = probe.perturbed(matrix)
             second, mean = _moments(ctx.stats, w.name)
+            moved = probe.perturbed(matrix, mean)
             local[w.name] = probe.relative_noise(matrix, moved, second, mean)
             changed[str(i)] = w.from_matrix(moved)
         np.savez(arrays, **changed)  # type: ignore[arg-type]

@@ -32,13 +32,20 @@ def overridable(model: ir.Model, weights: Iterable[Weight]) -> tuple[ir.Model, l
     return copy, opened
 
 
-def perturbed(matrix: np.ndarray, bits: int = PROBE_BITS) -> np.ndarray:
-    """Round (groups, out, k) float32 to a symmetric `bits` grid per output channel; all-zero channels stay."""
+def perturbed(matrix: np.ndarray, mean: np.ndarray | None = None, *, bits: int = PROBE_BITS) -> np.ndarray:
+    """Round (groups, out, k) float32 to a symmetric `bits` grid per output channel; all-zero channels stay.
+
+    With the input mean (groups, k) the change is made to leave the mean output alone, as biases absorb that part.
+    """
     top = 2 ** (bits - 1) - 1
     scale = np.abs(matrix).max(axis=-1, keepdims=True) / top
     scale[scale == 0] = 1
-    rounded: np.ndarray = (np.round(matrix / scale) * scale).astype(np.float32)
-    return rounded
+    delta = np.round(matrix / scale) * scale - matrix
+    if mean is not None:
+        length = np.maximum((mean**2).sum(axis=-1), 1e-30)
+        delta = delta - np.einsum("gok,gk,gl->gol", delta, mean, mean / length[:, None], optimize=True)
+    moved: np.ndarray = (matrix + delta).astype(np.float32)
+    return moved
 
 
 def relative_noise(

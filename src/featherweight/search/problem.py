@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -84,6 +85,43 @@ def open_problem(request: Request, out: Path, worker: Worker, progress: Progress
     sources = _open_sources(request, inputs)
     out.mkdir(parents=True, exist_ok=True)
     journal = Journal(out / "journal.sqlite", request.asked(sha), resume=resume)
+    fresh = not journal.finished("opened")
+    try:
+        problem = _opened(request, model, budget, profile, {n: known[n] for n in names}, sources, inputs, journal, worker,
+                          progress, work)  # fmt: skip
+    except Exception:
+        journal.close()
+        if fresh:  # a refused request leaves no run behind, so that the corrected one may use the folder
+            _forget(out)
+        raise
+    journal.phase("opened", lambda: True)
+    problem.original_bytes, problem.started = original_bytes, started
+    return problem
+
+
+def _forget(out: Path) -> None:
+    """Remove what opening a run made in its folder, and the folder if it is empty then."""
+    shutil.rmtree(out / "work", ignore_errors=True)
+    for file in out.glob("journal.sqlite*"):
+        file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        out.rmdir()
+
+
+def _opened(
+    request: Request,
+    model: ir.Model,
+    budget: Budget,
+    profile: Profile,
+    techniques: dict[str, Technique],
+    sources: tuple[fwdata.Dataset, fwdata.Dataset | None],
+    inputs: Sequence[fwdata.InputSpec],
+    journal: Journal,
+    worker: Worker,
+    progress: Progress,
+    work: Path,
+) -> Problem:
+    """Split and check the data, normalise the model, and see that it runs."""
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     notes: list[Note] = []
@@ -96,7 +134,7 @@ def open_problem(request: Request, out: Path, worker: Worker, progress: Progress
     problem = Problem(
         request=request,
         original=request.model,
-        original_bytes=original_bytes,
+        original_bytes=0,
         model=normalised.model,
         model_path=model_path,
         model_sha256=io.sha256(model_path),
@@ -104,13 +142,13 @@ def open_problem(request: Request, out: Path, worker: Worker, progress: Progress
         splits=splits,
         budget=budget,
         profile=profile,
-        techniques={n: known[n] for n in names},
+        techniques=techniques,
         keep_float=matching_nodes(request.keep_float, list(surgery.paths(normalised.model).values())),
         worker=worker,
         journal=journal,
         progress=progress,
         runnable=_runnable(request.model, model_path, worker, feeds, notes),
-        started=started,
+        started=0.0,
         notes=notes,
     )
     _describe(problem, normalised)

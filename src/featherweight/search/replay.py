@@ -21,6 +21,7 @@ from featherweight.graph.normalise import normalise
 from featherweight.search.candidates import build
 from featherweight.search.problem import Problem
 from featherweight.stats import Statistics, model_key
+from featherweight.stats.shrinkage import shrunk
 from featherweight.techniques import Context, all_techniques
 from featherweight.techniques._equalise import equalise
 
@@ -94,7 +95,7 @@ def apply(model: str | Path, plan: str | Path | Plan, *, out: str | Path, statis
         path = Path(folder) / "normalised.onnx"
         io.save(normalise(io.load(model), run=None).model, path)
         stats = _statistics(Path(statistics) if statistics is not None else beside, io.load(path), str(model))
-        equal, ready = equalise(io.load(path), stats)
+        equal, ready = equalise(io.load(path), shrunk(stats))
         io.save(equal, path)
         found = io.sha256(path)
         if read.model_sha256 != found:

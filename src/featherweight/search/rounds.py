@@ -81,6 +81,8 @@ def plain_int8(problem: Problem, known: Baseline, *, first_is_enough: bool) -> F
 
 def fronts(problem: Problem, known: Baseline, points: int) -> Found:
     """Measure the most accurate plan at `points` sizes between the smallest reachable and the original's."""
+    if problem.request.max_drop is None:
+        problem.budget = dataclasses.replace(problem.budget, max_drop=None)
     ground = survey(problem, context(problem, statistics(problem)), with_gains=True)
     find_fragile(problem, ground.ctx, ground.effects.table, ground.sites)
     found = Found(ground)

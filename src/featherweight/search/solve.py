@@ -1,4 +1,4 @@
-"""The multiple-choice knapsack behind a plan, as a mixed-integer program (HiGHS through scipy).
+"""The multiple-choice knapsack behind a plan, as a mixed-integer program (HiGHS).
 
 One binary variable for each (site, decision); exactly one decision a site; the summed effects stay under the caps.
 Kellerer, Pferschy, Pisinger, "Knapsack Problems" (2004), chapter 11.
@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from featherweight.core import Decision, Effect, total
+from featherweight.search.highs import binary_program
 
 Dimension = Literal["size_bytes", "latency_ms", "peak_bytes", "loss"]
 DIMENSIONS: tuple[Dimension, ...] = ("size_bytes", "latency_ms", "peak_bytes", "loss")
@@ -70,9 +71,6 @@ def solve(
     `caps` and `weights` speak of changes against the baseline, as `Effect` does. Returns None if no assignment
     satisfies the caps (proved infeasible) or none was found in the time; ties are broken the same way each time.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
-
     sites = [prune_dominated(choices) for choices in table.values()]
     if not sites:
         nothing = all(cap >= 0 for cap in caps.values())
@@ -84,23 +82,21 @@ def solve(
     cost_scale = max(float(np.abs(cost).max()), 1e-30)
 
     owner = np.repeat(np.arange(len(sites)), [len(s) for s in sites])
-    one_each = csr_array((np.ones(len(flat)), (owner, np.arange(len(flat)))), shape=(len(sites), len(flat)))
-    constraints = [LinearConstraint(one_each, 1, 1)]
-    for i, d in enumerate(DIMENSIONS):
-        if d in caps and np.isfinite(caps[d]):
-            constraints.append(LinearConstraint(effects[None, :, i] / scale[i], -np.inf, caps[d] / scale[i]))
-    options = {"time_limit": time_limit_s, "mip_rel_gap": relative_gap, "disp": False}
-    found = milp(
-        cost / cost_scale, integrality=np.ones(len(flat)), bounds=Bounds(0, 1), constraints=constraints, options=options
+    limited = [(i, caps[d]) for i, d in enumerate(DIMENSIONS) if d in caps and np.isfinite(caps[d])]
+    rows = np.array([effects[:, i] / scale[i] for i, _ in limited]).reshape(len(limited), len(flat))
+    limits = np.array([cap / scale[i] for i, cap in limited])
+    found = binary_program(
+        cost / cost_scale, owner, len(sites), rows, limits, time_limit_s=time_limit_s, relative_gap=relative_gap
     )
-    if found.x is None:
+    if found is None:
         return None
-    chosen = _pick(found.x, sites)
+    x, gap = found
+    chosen = _pick(x, sites)
     effect = total(c.effect for c in chosen)
     if any(getattr(effect, d) > cap + 1e-6 * scale[DIMENSIONS.index(d)] for d, cap in caps.items()):
         return None
     objective = float(sum(weights.get(d, 0.0) * getattr(effect, d) for d in DIMENSIONS))
-    return Solution(chosen, effect, objective, float(found.mip_gap or 0.0))
+    return Solution(chosen, effect, objective, gap)
 
 
 def _pick(x: np.ndarray, sites: Sequence[Sequence[Choice]]) -> tuple[Choice, ...]:
