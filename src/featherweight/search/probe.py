@@ -72,12 +72,14 @@ def output_noise(reference: Mapping[str, np.ndarray], other: Mapping[str, np.nda
         if not np.issubdtype(y0.dtype, np.floating):
             continue
         wide = y0.astype(np.float64)
-        diff = other[name].astype(np.float64) - wide
         keep = np.isfinite(wide)
-        if not np.isfinite(diff[keep]).all():
+        if not keep.any():
+            continue
+        wide = wide[keep]
+        diff = other[name].astype(np.float64)[keep] - wide
+        if not np.isfinite(diff).all():
             return float("inf")
-        spread = ((wide[keep] - wide[keep].mean()) ** 2).sum() if keep.any() else 0.0
-        ratios.append(float((diff[keep] ** 2).sum() / max(spread, 1e-30)) if keep.any() else 0.0)
+        ratios.append(float((diff**2).sum() / max(((wide - wide.mean()) ** 2).sum(), 1e-30)))
     return float(np.mean(ratios)) if ratios else 0.0
 
 
