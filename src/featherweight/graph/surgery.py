@@ -15,9 +15,15 @@ from featherweight.errors import ModelError
 
 
 def copy_model(model: ir.Model) -> ir.Model:
-    """A copy whose graphs may be edited freely; the weights' bytes are shared, not copied."""
+    """A copy whose graphs may be edited freely; the weights' bytes are shared, not copied.
+
+    Raises ModelError for a graph that cannot be walked, such as a body that reads a tensor of a sister body.
+    """
     if _is_sorted(model):
-        new = model.clone()
+        try:
+            new = model.clone()
+        except RuntimeError as e:
+            raise ModelError("the graph contradicts itself (a node reads what it cannot see); export it again") from e
     else:
         # The library clones only sorted graphs; the way through the protobuf does not care.
         new = ir.serde.deserialize_model(to_proto(model))
