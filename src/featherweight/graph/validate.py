@@ -115,6 +115,8 @@ def _check_text(proto: onnx.ModelProto, where: Path) -> None:
         values = (*graph.input, *graph.output, *graph.value_info, *graph.initializer)
         names += [graph.name, *(v.name for v in values)]
     names += [e.value for t in tensors(proto) for e in t.external_data]
+    texts = (a.s for n in _all_nodes(proto) if n.op_type != "Constant" for a in n.attribute if a.type == a.STRING)
+    names += [s if s != s.decode(errors="replace").encode() else "" for s in texts]
     bad = next((n for n in names if not isinstance(n, str)), None)
     if bad is not None:
         raise ModelError(f"{where} is corrupt: a name must be UTF-8 text, but one is {bad!r}; download it again")
