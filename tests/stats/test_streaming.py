@@ -42,8 +42,7 @@ def small_model() -> ir.Model:
     for name, shape in SHAPES.items():
         numbers = ", ".join(f"{v:.6f}" for v in rng.normal(size=shape).ravel())
         parts.append(f"float[{', '.join(map(str, shape))}] {name} = {{{numbers}}}")
-    model = ir.from_onnx_text(MODEL.format(weights=", ".join(parts)))
-    return model
+    return ir.from_onnx_text(MODEL.format(weights=", ".join(parts)))
 
 
 def feeds(n: int, batch: int = 2):

@@ -8,17 +8,17 @@ from featherweight.runtime import ort
 from featherweight.stats.windows import Window, columns
 
 CASES = [
-    dict(x=(2, 4, 9), w=(6, 4, 4), pads=[1, 2]),
-    dict(x=(2, 4, 9), w=(6, 2, 3), group=2, strides=[2], auto_pad="SAME_UPPER"),
-    dict(x=(1, 3, 8, 7), w=(5, 3, 3, 3), pads=[1, 0, 2, 1], strides=[2, 1]),
-    dict(x=(2, 6, 8, 7), w=(6, 1, 3, 3), group=6, dilations=[2, 1], pads=[2, 1, 2, 1]),
-    dict(x=(1, 3, 8, 7), w=(5, 3, 2, 2), auto_pad="SAME_LOWER"),
-    dict(x=(1, 3, 8, 7), w=(5, 3, 3, 2), auto_pad="VALID"),
-    dict(x=(1, 4, 5, 6, 4), w=(4, 2, 3, 2, 3), group=2, pads=[1, 0, 1, 1, 1, 0]),
-    dict(x=(1, 4, 5), w=(4, 3, 3), transposed=True, strides=[2], output_padding=[1], pads=[1, 0]),
-    dict(x=(1, 4, 5, 4), w=(4, 3, 3, 3), transposed=True, strides=[2, 3], pads=[1, 1, 1, 1], group=2),
-    dict(x=(1, 4, 5, 4), w=(4, 3, 3, 3), transposed=True, strides=[2, 2], output_shape=[10, 9]),
-    dict(x=(1, 4, 5, 4), w=(4, 3, 2, 3), transposed=True, strides=[2, 2], auto_pad="SAME_UPPER"),
+    {"x": (2, 4, 9), "w": (6, 4, 4), "pads": [1, 2]},
+    {"x": (2, 4, 9), "w": (6, 2, 3), "group": 2, "strides": [2], "auto_pad": "SAME_UPPER"},
+    {"x": (1, 3, 8, 7), "w": (5, 3, 3, 3), "pads": [1, 0, 2, 1], "strides": [2, 1]},
+    {"x": (2, 6, 8, 7), "w": (6, 1, 3, 3), "group": 6, "dilations": [2, 1], "pads": [2, 1, 2, 1]},
+    {"x": (1, 3, 8, 7), "w": (5, 3, 2, 2), "auto_pad": "SAME_LOWER"},
+    {"x": (1, 3, 8, 7), "w": (5, 3, 3, 2), "auto_pad": "VALID"},
+    {"x": (1, 4, 5, 6, 4), "w": (4, 2, 3, 2, 3), "group": 2, "pads": [1, 0, 1, 1, 1, 0]},
+    {"x": (1, 4, 5), "w": (4, 3, 3), "transposed": True, "strides": [2], "output_padding": [1], "pads": [1, 0]},
+    {"x": (1, 4, 5, 4), "w": (4, 3, 3, 3), "transposed": True, "strides": [2, 3], "pads": [1, 1, 1, 1], "group": 2},
+    {"x": (1, 4, 5, 4), "w": (4, 3, 3, 3), "transposed": True, "strides": [2, 2], "output_shape": [10, 9]},
+    {"x": (1, 4, 5, 4), "w": (4, 3, 2, 3), "transposed": True, "strides": [2, 2], "auto_pad": "SAME_UPPER"},
 ]
 
 

@@ -46,7 +46,7 @@ def test_missing_technique_is_an_error():
 
 
 def test_incomplete_technique_names_what_it_lacks():
-    with pytest.raises(TechniqueError, match="lacks .*'finish'"):
+    with pytest.raises(TechniqueError, match=r"lacks .*'finish'"):
         checked(module(object()), "complete")
 
 

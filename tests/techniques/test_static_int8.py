@@ -1,4 +1,4 @@
-"""static_int8: integer kernels are reached, results are right on CPUs that saturate, nothing wraps or divides by zero."""
+"""static_int8: integer kernels are reached, results hold on CPUs that saturate, nothing wraps."""
 
 from collections import Counter
 

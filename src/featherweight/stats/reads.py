@@ -172,11 +172,12 @@ def rows_of(read: Read, got: dict[str, Any], *, limit: int, rng: np.random.Gener
         return columns(x, read.window, groups=read.groups, limit=drawn, rng=rng)
     if read.role == "rnn_input":
         rows = _some(x.reshape(-1, x.shape[-1]), limit * 4, rng)
-        return np.broadcast_to(rows, (read.directions, *rows.shape))
+        return np.ascontiguousarray(np.broadcast_to(rows, (read.directions, *rows.shape)))
     if read.role == "rnn_recurrent":
         # Y (time, direction, batch, hidden) or, layout 1, (batch, time, direction, hidden): the states it meets.
         by_direction = np.moveaxis(x, 1 if read.time_first else 2, 0)
-        return by_direction.reshape(x.shape[1 if read.time_first else 2], -1, x.shape[-1])
+        states: F32 = by_direction.reshape(len(by_direction), -1, x.shape[-1])
+        return states
     if read.role == "gemm":
         rows = x.T if read.transposed else x
     elif read.role == "matmul_left":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,7 @@ class Comparison:
 
 def readable(model: ir.Model) -> set[str]:
     """Names of the float values of the main graph that can be put out."""
-    names = set()
+    names: set[str] = set()
     for node in model.graph:
         if node.op_type not in ("Constant", "QuantizeLinear"):
             names.update(v.name for v in node.outputs if v.name and (v.dtype is None or v.dtype == ir.DataType.FLOAT))
@@ -74,7 +75,7 @@ def _worst(pairs: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]], strict: bool)
             if a.shape[-1] > 1 and a.ndim == 2:
                 edges = np.linspace(0, a.shape[-1], min(BLOCKS, a.shape[-1]) + 1).astype(int)
                 whole = float(np.square(a).mean())
-                for lo, hi in zip(edges[:-1], edges[1:], strict=True):
+                for lo, hi in itertools.pairwise(edges):
                     # A block that is small beside the others is only judged where scales were clearly mixed.
                     power = float(np.square(a[:, lo:hi]).mean())
                     if 0 < power < 1e-3 * whole:

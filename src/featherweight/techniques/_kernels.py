@@ -39,13 +39,17 @@ def reduction_order(in_channels: int, kernel: tuple[int, ...]) -> npt.NDArray[np
 
 
 def saturating_dot(x: npt.NDArray[np.uint8], w: npt.NDArray[np.int8]) -> npt.NDArray[np.int64]:
-    """Product of x (n, k) u8 with w (out, k) s8 in kernel order, as vpmaddubsw does it: pairs saturate at 16 bits. (n, out)."""
+    """Product of x (n, k) u8 with w (out, k) s8, both in kernel order, as vpmaddubsw does it: (n, out).
+
+    Sums of two neighbouring products saturate at 16 bits.
+    """
     odd = x.shape[1] % 2
     a = np.pad(x.astype(np.int64), ((0, 0), (0, odd)))
     b = np.pad(w.astype(np.int64), ((0, 0), (0, odd)))
     products = a[:, None, :] * b[None]
     pairs = products[..., 0::2] + products[..., 1::2]
-    return np.clip(pairs, -32768, 32767).sum(axis=-1)
+    total: npt.NDArray[np.int64] = np.clip(pairs, -32768, 32767).sum(axis=-1)
+    return total
 
 
 def pair_excess(codes: npt.NDArray[np.int8], order: npt.NDArray[np.int64]) -> int:

@@ -28,14 +28,14 @@ CLIPPED = {8: 1.0, 7: 1.0, 6: 1.05, 5: 1.1, 4: 1.2, 3: 1.5, 2: 2.0}
 def pivots(second: F64) -> F64:
     """E[x x^T] (g, k, k), or its diagonal (g, k) -> sum of the pivots of its triangular factorisation, (g,)."""
     if second.ndim == 2:
-        return second.sum(axis=1)
+        return np.asarray(second.sum(axis=1), np.float64)
     order = np.argsort(-np.einsum("gii->i", second))
     H = damped(second[:, order[:, None], order], 0.01)
     try:
         lower = np.linalg.cholesky(H[:, ::-1, ::-1])
     except np.linalg.LinAlgError:
-        return np.einsum("gii->g", second)
-    return np.square(np.einsum("gii->gi", lower)).sum(axis=1)
+        return np.asarray(np.einsum("gii->g", second), np.float64)
+    return np.asarray(np.square(np.einsum("gii->gi", lower)).sum(axis=1), np.float64)
 
 
 def signal(matrix: F32, second: F64, mean: F64) -> float:
@@ -55,7 +55,7 @@ def steps(matrix: F32, bits: int, order: npt.NDArray[np.int64] | None) -> F64:
     if order is not None and bits == 8 and matrix.shape[2] > 1:
         even = order[: len(order) // 2 * 2].reshape(-1, 2)
         top = np.maximum(top, (size[..., even[:, 0]] + size[..., even[:, 1]]).max(axis=2))
-    return top / (2 ** (bits - 1) - (1 if bits == 8 else 0.5)) * STEP[bits]
+    return np.asarray(top / (2 ** (bits - 1) - (1 if bits == 8 else 0.5)) * STEP[bits], np.float64)
 
 
 def estimate(weight: Weight, bits: int, ctx: Context) -> Estimate:

@@ -75,9 +75,7 @@ def _quantize(
     runner: Runner | None,
     feeds: Sequence[Mapping[str, npt.NDArray[Any]]],
 ) -> tuple[ir.Model, list[Note]]:
-    ready, ready_stats = model, stats
-    if job.technique.name == "static_int8":
-        ready, ready_stats = _equalise.equalise(model, stats)
+    ready, ready_stats = _equalise.equalise(model, stats)
     inner = dataclasses.replace(ctx, stats=ready_stats, notes=[], cache={})
     built, integer = _build(ready, inner, job)
     if runner is None or not feeds:

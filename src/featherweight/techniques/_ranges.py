@@ -48,7 +48,8 @@ class Grid:
         np.clip(code, 0, LEVELS, out=code)
         code -= zero
         code *= scale
-        return code.astype(np.float32, copy=False)
+        rounded: F32 = code.astype(np.float32, copy=False)
+        return rounded
 
 
 def grid_of(low: float, high: float) -> Grid:

@@ -80,7 +80,7 @@ class DynamicInt8:
         size = int(codes.size * bits // 8)
         return (Site(site.name, "weight", (stored.name or "",), site.nodes, size),)
 
-    def finish(self, model: ir.Model, ctx: Context) -> None:
+    def finish(self, model: ir.Model, ctx: Context) -> None:  # noqa: ARG002
         """Nodes that round the same activation share one DynamicQuantizeLinear."""
         first: dict[ir.Value, ir.Node] = {}
         for node in list(model.graph):
