@@ -24,15 +24,19 @@ Array = np.ndarray[Any, Any]
 
 
 class Namer:
-    """Short free names: `e1`, `e2`...; the file holds each of them three times."""
+    """Short free names: `e1`, `e2`...; the file holds each of them three times. Names of shared nodes have a prefix.
+
+    One Namer names everything of one edit, since what it made is not in the model until the end of it.
+    """
 
     def __init__(self, model: ir.Model) -> None:
         self._used = surgery.names(model)
         self._last = 0
+        self.prefix = ""
 
     def __call__(self) -> str:
         """The next name nobody has."""
-        while (name := f"e{self._last}") in self._used:
+        while (name := f"{self.prefix}e{self._last}") in self._used:
             self._last += 1
         self._used.add(name)
         return name
@@ -42,11 +46,11 @@ class Writer:
     """A Sink that makes nodes for one graph of a model; `attach` puts them in place."""
 
     def __init__(
-        self, model: ir.Model, graph: ir.Graph, arrays: Mapping[str, Array], namer: Callable[[], str] | None = None,
+        self, model: ir.Model, graph: ir.Graph, arrays: Mapping[str, Array], namer: Namer | None = None,
         stored: dict[str, ir.Value] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.graph, self.arrays = model, graph, arrays
-        self.namer = namer or Namer(model)
+        self.namer: Namer = namer or Namer(model)
         self.nodes: list[ir.Node] = []
         self.stored = {} if stored is None else stored
 
@@ -77,8 +81,10 @@ class Writer:
         taken = [n.outputs[0] for n in main if n.outputs and n.outputs[0].name == name]
         if taken and match(build(Tree()), taken[0], {}, exact=True):
             return taken[0]
-        root = Writer(self.model, main, {}, _shared_namer(self.namer))
+        root = Writer(self.model, main, {}, self.namer)
+        outer, self.namer.prefix = self.namer.prefix, _SHARED
         value = build(root)
+        self.namer.prefix = outer
         if not taken:
             value.name = name
         _shared_first(main)
@@ -221,11 +227,3 @@ def _shared_nodes(graph: ir.Graph) -> list[ir.Node]:
         ):
             found[node] = None
     return list(found)
-
-
-def _shared_namer(namer: Callable[[], str]) -> Callable[[], str]:
-    def name() -> str:
-        given = namer()
-        return given if given.startswith(_SHARED) else _SHARED + given
-
-    return name
