@@ -95,11 +95,12 @@ def _ratio(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64], top: float) -
     return error / max(power, 1e-7 * top, 1e-30)
 
 
-def suspects(model: ir.Model, found: Comparison, integer: set[str]) -> list[str]:
+def suspects(model: ir.Model, found: Comparison, integer: set[str], *, poor: bool) -> list[str]:
     """Names of integer nodes of the float `model` to send back to float, worst first; empty if none stands out.
 
     `integer`: nodes that compute in integers now. A node's own noise is what its output has more than its inputs;
-    where a float node magnifies noise, the integer nodes that feed it are suspected.
+    where a float node magnifies noise, the integer nodes that feed it are suspected. `poor`: the outputs are bad, so
+    every node that is loud by itself goes at once; else only a node that dominates.
     """
     added: dict[str, float] = {}
     for node in model.graph:
@@ -112,10 +113,11 @@ def suspects(model: ir.Model, found: Comparison, integer: set[str]) -> list[str]
     if total <= 0:
         return []
     ranked = sorted(added, key=lambda name: -added[name])
-    bad = [name for name in ranked if added[name] > LOCAL_NOISE or added[name] > DOMINANT * total]
-    # Noise that is loud by itself goes all at once; of merely dominant nodes one at a time.
-    loud = [name for name in bad if added[name] > LOCAL_NOISE and added[name] > 0.1 * added[ranked[0]]]
-    return loud or bad[:1]
+    if poor:
+        loud = [name for name in ranked if added[name] > max(LOCAL_NOISE, 0.1 * added[ranked[0]])]
+        if loud:
+            return loud
+    return ranked[:1] if added[ranked[0]] > DOMINANT * total else []
 
 
 def _blamed(node: ir.Node, integer: set[str]) -> list[str]:

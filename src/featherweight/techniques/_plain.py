@@ -99,7 +99,8 @@ def _quantize(
             break
         if found.output_db >= _fallback.ENOUGH_DB:
             break
-        worst = _fallback.suspects(ready, found, integer) if found.noise else sorted(integer)
+        poor = found.output_db < POOR_DB
+        worst = _fallback.suspects(ready, found, integer, poor=poor) if found.noise else sorted(integer)
         if not worst:
             break
         for name in worst:

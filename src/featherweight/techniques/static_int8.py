@@ -90,8 +90,11 @@ class StaticInt8:
                 ctx.note(unit.node.name or "", f"weights are 8-bit, computed in float: {reason}")
         islands = _islands.plan(model, ctx.stats, ready, ctx.keep_float)
         grids = choose_grids(islands, ctx)
-        shifts = {unit.node: _shift(unit, grids[unit.x], ctx) for unit in ready}
-        for note in _qdq.write(model, islands, grids, {n: s for n, s in shifts.items() if s is not None}):
+        kept = {unit.node: ctx.cache.get(("static_int8", "unit", unit.node.name)) for unit in ready}
+        # Only the weights' mean error is corrected. What clipping takes from the mean was tried too, from the
+        # sampled rows: it made MobileNetV2 1.3 dB worse, as rows are few beside rare large values.
+        shifts = {node: found[0] for node, found in kept.items() if found is not None and found[0] is not None}
+        for note in _qdq.write(model, islands, grids, shifts):
             ctx.note(note.where, note.text)
         surgery.remove_unused(model)
 
@@ -182,7 +185,7 @@ def _takes_bias(weight: Weight) -> bool:
 
 
 def _remember(weight: Weight, codes: npt.NDArray[np.int8], scale: F32, ctx: Context) -> None:
-    """Keep what bias correction needs: the mean error of the outputs and the rounded weights summed over the kernel."""
+    """Keep what bias correction needs: the mean error of the outputs, and what an error in each input channel costs."""
     alpha = np.float32(_units.attribute(weight.main_use.node, "alpha", 1.0))
     rounded = codes.astype(np.float32) * (scale * alpha)[..., None]
     matrix = weight.to_matrix(weight.array()) * alpha
@@ -192,10 +195,9 @@ def _remember(weight: Weight, codes: npt.NDArray[np.int8], scale: F32, ctx: Cont
         shift = np.einsum("gok,gk->go", (matrix - rounded).astype(np.float64), mean).ravel().astype(np.float32)
     positions = int(np.prod(weight.shape[2:], dtype=np.int64)) if weight.main_use.role == "conv" else 1
     g, out, k = rounded.shape
-    per_channel = rounded.reshape(g, out, k // positions, positions).sum(axis=3)
     energy = np.square(matrix).reshape(g, out, k // positions, positions).sum(axis=(1, 3))
     for use in weight.uses:
-        ctx.cache["static_int8", "unit", use.node.name] = (shift, per_channel, energy.ravel())
+        ctx.cache["static_int8", "unit", use.node.name] = (shift, energy.ravel())
 
 
 def _dequantize(model: ir.Model, weight: Weight, stored: ir.Value, scale: F32, site: Site) -> Site:
@@ -250,25 +252,9 @@ def _importance(islands: _islands.Islands, ctx: Context) -> dict[ir.Value, F32]:
         if kept is None:
             continue
         before = total.get(unit.x)
-        if before is None or before.shape == kept[2].shape:
-            total[unit.x] = kept[2] if before is None else before + kept[2]
+        if before is None or before.shape == kept[1].shape:
+            total[unit.x] = kept[1] if before is None else before + kept[1]
     return total
-
-
-def _shift(unit: _units.Unit, grid: _ranges.Grid, ctx: Context) -> F32 | None:
-    """What to add to the bias (channels,) so that the mean output is the float one, in closed form."""
-    kept = ctx.cache.get(("static_int8", "unit", unit.node.name))
-    found = ctx.stats.values.get(unit.x.name or "") if ctx.stats is not None else None
-    if kept is None or kept[0] is None:
-        return None
-    shift, per_channel, _ = kept
-    total: F32 = shift
-    if found is not None and found.rows.size:
-        moved = (grid.round(found.rows) - found.rows).mean(axis=0, dtype=np.float64)
-        g, _, inner = per_channel.shape
-        if moved.size == g * inner:
-            total = total - np.einsum("goi,gi->go", per_channel, moved.reshape(g, inner)).ravel()
-    return total.astype(np.float32)
 
 
 def _unobserved(weight: Weight, ctx: Context) -> str | None:
