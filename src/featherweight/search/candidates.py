@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from featherweight.core import STAGES, Decision, Plan, Site
 from featherweight.errors import PlanError
-from featherweight.graph import surgery
+from featherweight.graph import fold, surgery
 from featherweight.graph.weights import weights
 from featherweight.techniques import Context, Technique
 
@@ -46,6 +46,7 @@ def build(model: ir.Model, plan: Plan, ctx: Context, techniques: Mapping[str, Te
                 current[decision.site] = tuple(left)
         for technique in used.values():
             technique.finish(result, ctx.for_technique(technique.name))
+    fold.restore_storage(result)
     return result
 
 

@@ -26,7 +26,7 @@ def binary_program(
     import highspy
 
     n, m = len(cost), len(limits)
-    solver = highspy.Highs()
+    solver = highspy.Highs()  # type: ignore[no-untyped-call]
     options: dict[str, bool | int | float] = {
         "output_flag": False,
         "log_to_console": False,

@@ -22,7 +22,7 @@ HEADROOM = 0.8
 # one-standard-error rule, Breiman et al. 1984, section 3.4.3): then the faster one wins.
 STANDARD_ERRORS = 1.0
 # Output noise-to-signal ratio taken as one unit when loss is weighed against size and latency.
-LOSS_UNIT = 0.01
+LOSS_UNIT = 0.03
 SMALLEST_STEP = 1.15
 
 
@@ -97,7 +97,7 @@ def objective_weights(minimize: Objective, base: Base) -> dict[Dimension, float]
             "latency_ms": 0.02 * latency,
             "loss": 0.001 / LOSS_UNIT,
         },
-        "drop": {"loss": 1 / LOSS_UNIT, "latency_ms": 0.2 * latency, "size_bytes": 0.02 * size},
+        "drop": {"loss": 1 / LOSS_UNIT, "latency_ms": latency, "size_bytes": 0.02 * size},
     }
     return main[minimize]
 

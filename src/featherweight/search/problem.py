@@ -87,8 +87,8 @@ def open_problem(request: Request, out: Path, worker: Worker, progress: Progress
     journal = Journal(out / "journal.sqlite", request.asked(sha), resume=resume)
     fresh = not journal.finished("opened")
     try:
-        problem = _opened(request, model, budget, profile, {n: known[n] for n in names}, sources, inputs, journal, worker,
-                          progress, work)  # fmt: skip
+        chosen = {n: known[n] for n in names}
+        problem = _opened(request, model, budget, profile, chosen, sources, inputs, journal, worker, progress, work)
     except Exception:
         journal.close()
         if fresh:  # a refused request leaves no run behind, so that the corrected one may use the folder

@@ -44,7 +44,7 @@ def fit(problem: Problem, known: Baseline, *, first_is_enough: bool) -> Found:
     refusal = _refused_at_once(problem, known)
     if refusal is not None:
         return Found(Ground(context(problem, None), {}, Effects({}, ())), refusal=refusal)
-    ground = survey(problem, context(problem, statistics(problem)), with_gains=True)
+    ground = survey(problem, context(problem, statistics(problem)), with_gains=True, admit=_worth(problem))
     find_fragile(problem, ground.ctx, ground.effects.table, ground.sites)
     found = Found(ground)
     start = base(problem, known)
@@ -83,7 +83,7 @@ def fronts(problem: Problem, known: Baseline, points: int) -> Found:
     """Measure the most accurate plan at `points` sizes between the smallest reachable and the original's."""
     if problem.request.max_drop is None:
         problem.budget = dataclasses.replace(problem.budget, max_drop=None)
-    ground = survey(problem, context(problem, statistics(problem)), with_gains=True)
+    ground = survey(problem, context(problem, statistics(problem)), with_gains=True, admit=_worth(problem))
     find_fragile(problem, ground.ctx, ground.effects.table, ground.sites)
     found = Found(ground)
     start = base(problem, known)
@@ -191,6 +191,25 @@ def _integer(choices: Sequence[Choice]) -> set[str]:
 
 def _uses_integers(plan: Plan) -> bool:
     return any(a.technique in INTEGER_TECHNIQUES for d in plan.decisions for a in d.actions)
+
+
+def _worth(problem: Problem) -> Callable[[Action], bool]:
+    """Options worth an estimate: codebooks and scales by block earn their bytes at few bits only.
+
+    Where the user named techniques, all their options are estimated.
+    """
+    if problem.request.techniques is not None:
+        return lambda _action: True
+
+    def worth(action: Action) -> bool:
+        bits = action.get("bits", 0)
+        if action.technique == "palette":
+            return bool(bits <= 5 and action.get("groups", 1) != 4)
+        if action.technique == "weight_nbit" and action.get("block", 0):
+            return bool(bits <= 4)
+        return True
+
+    return worth
 
 
 def stores_eight_bits(action: Action) -> bool:
