@@ -7,6 +7,7 @@ of the noise lose their integer options, one round after another, until the outp
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 
 from featherweight.core import Decision, Plan, Site
@@ -16,6 +17,7 @@ from featherweight.search.problem import Problem, child_runner, first_feeds
 from featherweight.search.solve import Choice
 from featherweight.techniques import Context
 from featherweight.techniques._fallback import ENOUGH_DB, compare, reference, suspects
+from featherweight.techniques._plain import POOR_DB, WORTH_DB
 from featherweight.techniques._protocol import INTEGER_TECHNIQUES
 
 ROUNDS = 8
@@ -42,6 +44,7 @@ def _measured(
     expected = reference(problem.model, runner, feeds)
     outputs = [v.name or "" for v in problem.model.graph.outputs]
     kept: dict[str, str] = {}
+    best: tuple[float, dict[str, str]] | None = None
     for _ in range(ROUNDS):
         now = dataclasses.replace(ctx, fragile=frozenset(kept), notes=[])
         wanted = _without_fragile(plan, sites, kept)
@@ -51,14 +54,17 @@ def _measured(
             seen = compare(built, expected, outputs, runner, feeds)
         except RunError as e:
             return dict.fromkeys(sorted(integer), f"computed in float: the integer model does not run ({e})")
-        if seen.output_db >= ENOUGH_DB:
+        gain = math.inf if best is None else seen.output_db - best[0]
+        if best is None or gain >= WORTH_DB or (best[0] < POOR_DB and gain > 0):
+            best = (seen.output_db, dict(kept))
+        elif best[0] >= POOR_DB:
             break
-        worst = suspects(problem.model, seen, integer)
-        if not worst:
+        worst = suspects(problem.model, seen, integer, poor=seen.output_db < POOR_DB)
+        if seen.output_db >= ENOUGH_DB or not worst:
             break
         for name in worst:
             kept[name] = f"computed in float: integers here left {seen.output_db:.1f} dB at the outputs"
-    return kept
+    return best[1] if best is not None else kept
 
 
 def _all_integer(table: Mapping[str, list[Choice]]) -> Plan:
