@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 import onnx_ir as ir
 
 from featherweight.core import Action, Note, Profile, Site, Stage
+from featherweight.errors import TechniqueError
+from featherweight.graph.weights import Weight, weights
 
 if TYPE_CHECKING:
     from featherweight.stats import Statistics
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 
 # Techniques whose nodes multiply integers (the rest only store weights in fewer bits).
 INTEGER_TECHNIQUES = frozenset({"static_int8", "dynamic_int8"})
+
+
+LISTED = "weights of the model being estimated"
 
 
 @dataclass
@@ -43,6 +48,19 @@ class Context:
         if name not in INTEGER_TECHNIQUES or not self.fragile:
             return self
         return dataclasses.replace(self, keep_float=self.keep_float | self.fragile)
+
+    def weight(self, model: ir.Model, name: str) -> Weight:
+        """The weight called `name`, enumerated once a model: for options and estimates, which leave the model alone.
+
+        Raises TechniqueError if the model has none.
+        """
+        known = self.cache.get(LISTED)
+        if known is None or known[0] is not model:
+            known = self.cache[LISTED] = (model, {w.name: w for w in weights(model)})
+        if name not in known[1]:
+            raise TechniqueError(f"a site must be a float weight of the model, but there is none called {name!r}")
+        found: Weight = known[1][name]
+        return found
 
     def note(self, where: str, text: str) -> None:
         """Record one note; the same note is kept once."""

@@ -46,7 +46,7 @@ class DynamicInt8:
 
     def options(self, model: ir.Model, site: Site, ctx: Context) -> Iterable[Action]:
         """8 to 2 weight bits, unless the samples of a batch differ too much for one scale."""
-        weight = _units.find(model, site.name)
+        weight = ctx.weight(model, site.name)
         reason = _refusal(model, weight) or _uneven(weight, ctx)
         if reason is not None:
             ctx.note(site.name, f"not computed in dynamic int8: {reason}")
@@ -55,7 +55,7 @@ class DynamicInt8:
 
     def estimate(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> Estimate:
         """Closed form; the output is not rounded."""
-        return _noise.estimate(_units.find(model, site.name), int(action.get("weight_bits", 8)), ctx)
+        return _noise.estimate(ctx.weight(model, site.name), int(action.get("weight_bits", 8)), ctx)
 
     def apply(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> tuple[Site, ...]:
         """Rewrite every node that reads the weight."""

@@ -44,7 +44,7 @@ class Float16:
         """float16 if the values fit; for a site of kind "model" half-precision compute."""
         if site.kind == "model":
             return [Action.of(self.name, compute=True)]
-        weight = _place.find(model, site.name)
+        weight = ctx.weight(model, site.name)
         reason = refusal(weight, ctx) or misfit(weight.array())
         if reason:
             ctx.note(site.name, f"not stored as float16: {reason}")
@@ -56,7 +56,7 @@ class Float16:
         if action.get("compute", False):
             floats = sum(v.const_value.size for v in _float_initializers(model) if v.const_value is not None)
             return Estimate(max(site.size_bytes - 2 * floats, 0), 2.0**-20)
-        weight = _place.find(model, site.name)
+        weight = ctx.weight(model, site.name)
         size = encode.sizes(weight.shape, "float16", 16)
         facts = profile(weight, ctx)
         if facts.signal <= 0:

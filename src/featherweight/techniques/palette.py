@@ -45,7 +45,7 @@ class Palette:
 
     def options(self, model: ir.Model, site: Site, ctx: Context) -> Iterable[Action]:
         """1 to 8 bits; one codebook a tensor, or one for each of 4 or 16 runs of output channels."""
-        weight = _place.find(model, site.name)
+        weight = ctx.weight(model, site.name)
         reason = refusal(weight, ctx)
         if reason:
             ctx.note(site.name, f"weights stay as they are: {reason}")
@@ -58,7 +58,7 @@ class Palette:
 
     def estimate(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> Estimate:
         """Exact bytes (full codebooks); noise is clustering's error on a sample times what compensation leaves."""
-        weight = _place.find(model, site.name)
+        weight = ctx.weight(model, site.name)
         bits, groups = _params(action, weight)
         facts = profile(weight, ctx)
         levels = 2**bits

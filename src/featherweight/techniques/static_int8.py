@@ -47,7 +47,7 @@ class StaticInt8:
 
     def options(self, model: ir.Model, site: Site, ctx: Context) -> Iterable[Action]:
         """8 to 2 weight bits, if the node's activations were observed and finite."""
-        weight = _units.find(model, site.name)
+        weight = ctx.weight(model, site.name)
         reason = _units.refusal(model, weight) or _unobserved(weight, ctx)
         if reason is not None:
             ctx.note(site.name, f"not computed in int8: {reason}")
@@ -56,7 +56,7 @@ class StaticInt8:
 
     def estimate(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> Estimate:
         """Closed form; needs no run."""
-        weight = _units.find(model, site.name)
+        weight = ctx.weight(model, site.name)
         return _noise.estimate(weight, int(action.get("weight_bits", 8)), ctx)
 
     def apply(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> tuple[Site, ...]:

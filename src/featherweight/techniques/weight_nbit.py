@@ -47,7 +47,7 @@ class WeightNbit:
 
     def options(self, model: ir.Model, site: Site, ctx: Context) -> Iterable[Action]:
         """8 to 2 bits, one scale a channel or a block of 32, 64, 128 reduced entries; MatMulNBits for MatMul."""
-        weight = _place.find(model, site.name)
+        weight = ctx.weight(model, site.name)
         reason = refusal(weight, ctx)
         if reason:
             ctx.note(site.name, f"weights stay as they are: {reason}")
@@ -63,7 +63,7 @@ class WeightNbit:
 
     def estimate(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> Estimate:
         """Exact bytes; noise is plain rounding's error (some rows) times what compensation leaves of it."""
-        weight = _place.find(model, site.name)
+        weight = ctx.weight(model, site.name)
         bits, block, nbits = _params(action, weight)
         facts = profile(weight, ctx)
         rows = np.ascontiguousarray(facts.rows.transpose(0, 2, 1))
