@@ -32,8 +32,7 @@ def pivots(second: F64) -> F64:
     order = np.argsort(-np.einsum("gii->i", second))
     H = damped(second[:, order[:, None], order], 0.01)
     try:
-        # Half the time of double precision, and an estimate needs no more.
-        lower = np.linalg.cholesky(H[:, ::-1, ::-1].astype(np.float32))
+        lower = np.linalg.cholesky(H[:, ::-1, ::-1])
     except np.linalg.LinAlgError:
         return np.asarray(np.einsum("gii->g", second), np.float64)
     return np.asarray(np.square(np.einsum("gii->gi", lower), dtype=np.float64).sum(axis=1), np.float64)

@@ -79,8 +79,7 @@ def pivot_share(C: F64) -> F64:
     order = np.argsort(-diagonal.sum(axis=0), kind="stable")
     H = _gptq.damped(C[:, order[:, None], order], 0.01)
     try:
-        # Half the time of double precision, and an estimate needs no more.
-        lower = np.linalg.cholesky(H[:, ::-1, ::-1].astype(np.float32))
+        lower = np.linalg.cholesky(H[:, ::-1, ::-1])
     except np.linalg.LinAlgError:
         return np.ones(len(C))
     pivots = np.square(np.einsum("gii->gi", lower), dtype=np.float64).sum(axis=1)
