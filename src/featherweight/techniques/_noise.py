@@ -64,7 +64,8 @@ def estimate(weight: Weight, bits: int, ctx: Context) -> Estimate:
     g, out, k = matrix.shape
     positions = int(np.prod(weight.shape[2:], dtype=np.int64)) if weight.main_use.role == "conv" else 1
     order = _kernels.reduction_order(k // positions, (positions,)) if not ctx.profile.int8_dot else None
-    size = -(-matrix.size * bits // 8) + 4 * g * out + 64
+    # Codes, scales of weight and bias, and about 1 kB of Q/DQ nodes, names and scales around one node.
+    size = -(-matrix.size * bits // 8) + 8 * g * out + 1000
     second = ctx.stats.second_moment(weight.name) if ctx.stats is not None else None
     mean = ctx.stats.mean(weight.name) if ctx.stats is not None else None
     if second is None or mean is None or second.shape[:2] != (g, k):
