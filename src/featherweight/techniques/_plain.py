@@ -23,6 +23,7 @@ POOR_DB = 15.0  # below this at the outputs every suspect goes back to float, ho
 WORTH_DB = 1.0  # above it, one that gains less is not worth its time in float
 FEEDS = 6  # calibration batches that are run to find fragile nodes
 REST = "weight_nbit"
+LARGE_BYTES = 1 << 26  # above this, nodes and names are too small a part to serialise the model for
 
 
 def quantize_model(
@@ -54,11 +55,17 @@ def quantize_model(
         never_grow: give the model back as it was if the result would take more bytes (tiny models do).
     """
     built, notes = _quantize(model, stats, ctx, _job(ctx, technique, sites, weight_bits, store_rest), runner, feeds)
-    before, after = io.stored_bytes(model), io.stored_bytes(built)
+    before, after = (_file_bytes(m) for m in (model, built)) if never_grow else (0, 0)
     if never_grow and after > before:
         text = f"left as it was: in int8 it would take {after} bytes instead of {before}"
         return surgery.copy_model(model), [Note("", text)]
     return built, notes
+
+
+def _file_bytes(model: ir.Model) -> int:
+    """Bytes as saved. Nodes and names count: in a tiny model they outweigh what the weights save."""
+    tensors = io.stored_bytes(model)
+    return tensors if tensors > LARGE_BYTES else len(io.to_bytes(model))
 
 
 def _job(ctx: Context, technique: str, sites: Sequence[str] | None, bits: int, store_rest: bool) -> _Job:
