@@ -63,24 +63,24 @@ def measure_baseline(problem: Problem) -> Baseline:
 
 
 def _baseline_costs(problem: Problem) -> dict[str, Any]:
-    """Latency, peak memory and load time of the original."""
+    """Latency and peak memory of the original where the search steers by them; else they wait for the proof."""
     feeds = first_feeds(problem.splits.validation, LATENCY_FEEDS)
-    alone = measure.latency(
-        problem.runnable, problem.runnable, feeds, threads=problem.request.threads, time_limit_s=QUICK_LATENCY_S
-    )
-    memory = measure.memory(problem.runnable, feeds[0])
-    return {
-        "latency_ms": alone.original_ms,
-        "p95_ms": alone.original_p95_ms,
-        "peak_bytes": memory.peak_bytes,
-        "load_ms": memory.load_ms,
-    }
+    costs: dict[str, Any] = {}
+    if problem.budget.max_latency_ms is not None:
+        alone = measure.latency(
+            problem.runnable, problem.runnable, feeds, threads=problem.request.threads, time_limit_s=QUICK_LATENCY_S
+        )
+        costs |= {"latency_ms": alone.original_ms, "p95_ms": alone.original_p95_ms}
+    if problem.budget.max_peak_bytes is not None or problem.budget.minimize == "memory":
+        memory = measure.memory(problem.runnable, feeds[0])
+        costs |= {"peak_bytes": memory.peak_bytes, "load_ms": memory.load_ms}
+    return costs
 
 
 def base(problem: Problem, known: Baseline) -> Base:
     """What predicted effects are relative to: the normalised file, and the original's measured costs."""
     size = io.size_bytes(problem.model_path)
-    return Base(size, _modelled_ms(problem), known.measurement.peak_bytes or 1)
+    return Base(size, _modelled_ms(problem), known.measurement.peak_bytes or 1, known.measurement.latency_ms)
 
 
 def _modelled_ms(problem: Problem) -> float:

@@ -116,6 +116,8 @@ def _report(
         *(found.ground.ctx.notes if found else ()),
         *(found.ground.effects.refused if found else ()),
     ]
+    problem.progress.start("writing the report")
+    problem.facts["phase_seconds"] = {k: round(v, 2) for k, v in problem.progress.seconds.items()}
     problem.facts["seconds"] = round(time.monotonic() - problem.started, 1)
     problem.facts["model"] = problem.original.name
     problem.facts["target"] = problem.profile.name

@@ -28,11 +28,16 @@ SMALLEST_STEP = 1.15
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """The normalised float model, which effects are relative to: measured where it was, modelled where it was not."""
+    """The normalised float model, which effects are relative to.
+
+    `latency_ms` is in the unit of the predicted effects (modelled); `measured_ms` is what the original really takes,
+    where a limit in milliseconds made it worth measuring.
+    """
 
     size_bytes: int
     latency_ms: float
     peak_bytes: int
+    measured_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +129,8 @@ def propose(
 def _latency_ratio_limit(budget: Budget, base: Base) -> float | None:
     """The tighter of the two latency limits as a ratio to the original."""
     ratios = [budget.max_latency_ratio] if budget.max_latency_ratio is not None else []
-    if budget.max_latency_ms is not None and base.latency_ms > 0:
-        ratios.append(budget.max_latency_ms / base.latency_ms)
+    if budget.max_latency_ms is not None and base.measured_ms:
+        ratios.append(budget.max_latency_ms / base.measured_ms)
     return min(ratios) if ratios else None
 
 

@@ -24,6 +24,8 @@ from featherweight.search.candidates import build
 from featherweight.search.problem import Problem, first_feeds
 from featherweight.techniques import Context
 
+PROOF_LATENCY_S = 10.0
+
 
 def measure_plan(problem: Problem, known: Baseline, ctx: Context, plan: Plan) -> Attempt:
     """Build, save, reload and measure one plan on validation data; a failure is an attempt with its cause.
@@ -140,8 +142,10 @@ def on_holdout(
     after = scored(path, reference=folder)
     feeds = first_feeds(data, LATENCY_FEEDS)
     problem.progress.start("measuring latency and memory")
-    timing = measure.latency(problem.runnable, path, feeds, threads=problem.request.threads)
-    memory = measure.memory(path, feeds[0])
+    timing = measure.latency(
+        problem.runnable, path, feeds, threads=problem.request.threads, time_limit_s=PROOF_LATENCY_S
+    )
+    memory, before_memory = measure.memory(path, feeds[0]), measure.memory(problem.runnable, feeds[0])
     costs = {
         "latency_ms": timing.candidate_ms,
         "p95_ms": timing.candidate_p95_ms,
@@ -157,6 +161,8 @@ def on_holdout(
         n_samples=before.n_samples,
         latency_ms=timing.original_ms,
         p95_ms=timing.original_p95_ms,
+        peak_bytes=before_memory.peak_bytes,
+        load_ms=before_memory.load_ms,
     )
     drop = None
     if result.drop is not None and result.drop_interval is not None:

@@ -21,8 +21,8 @@ from featherweight.techniques import Context
 from featherweight.techniques._equalise import equalise
 
 PROBE_BATCHES = 12
-# Rows of im2col wanted over all calibration data: about ten times the longest reduced dimension of usual layers.
-ROWS_WANTED = 12288
+# Rows of im2col wanted over all calibration data: about five times the longest reduced dimension of usual layers.
+ROWS_WANTED = 6144
 LEAST_POSITIONS, MOST_POSITIONS = 32, 256
 
 

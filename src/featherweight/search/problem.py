@@ -28,6 +28,35 @@ MAX_CALIBRATION = 128
 NORMALISE_FEEDS = 2
 
 
+class Timed:
+    """A Progress that passes everything on and remembers how long each phase took."""
+
+    def __init__(self, inner: Progress) -> None:
+        self.inner = inner
+        self.seconds: dict[str, float] = {}
+        self._phase, self._since = "", time.monotonic()
+
+    def start(self, phase: str, total: int | None = None) -> None:
+        """The phase before has ended."""
+        now = time.monotonic()
+        if self._phase:
+            self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + now - self._since
+        self._phase, self._since = phase, now
+        self.inner.start(phase, total)
+
+    def advance(self, steps: int = 1) -> None:
+        """Pass on."""
+        self.inner.advance(steps)
+
+    def trying(self, what: str) -> None:
+        """Pass on."""
+        self.inner.trying(what)
+
+    def best(self, what: str) -> None:
+        """Pass on."""
+        self.inner.best(what)
+
+
 @dataclass
 class Problem:
     """Everything the search needs; built by `open_problem`, which says in which order.
@@ -49,7 +78,7 @@ class Problem:
     keep_float: frozenset[str]
     worker: Worker
     journal: Journal
-    progress: Progress
+    progress: Timed
     runnable: Path
     started: float
     notes: list[Note] = field(default_factory=list)
@@ -67,12 +96,13 @@ class Problem:
             self.notes.append(entry)
 
 
-def open_problem(request: Request, out: Path, worker: Worker, progress: Progress, *, resume: bool) -> Problem:
+def open_problem(request: Request, out: Path, worker: Worker, shown: Progress, *, resume: bool) -> Problem:
     """Load, open the journal, check and split the data, normalise. Everything that can be refused is refused here.
 
     Raises ModelError, DataError, BudgetError, TechniqueError, OutputError, each before any long work.
     """
     started = time.monotonic()
+    progress = Timed(shown)
     progress.start("reading the model")
     model = io.load(request.model)
     original_bytes, sha = io.size_bytes(request.model), io.sha256(request.model)
@@ -118,7 +148,7 @@ def _opened(
     inputs: Sequence[fwdata.InputSpec],
     journal: Journal,
     worker: Worker,
-    progress: Progress,
+    progress: Timed,
     work: Path,
 ) -> Problem:
     """Split and check the data, normalise the model, and see that it runs."""

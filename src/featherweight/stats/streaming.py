@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,9 +191,7 @@ def stream(
     summaries = {name: ValueSummary(axis) for name, axis in axes.items()}
     counts = tables.zeros()
     samples = 0
-    for feeds, n in _batches(dataset):
-        got: dict[str, Any] = dict(feeds)
-        got.update(session.run(feeds))
+    for got, n in _run_ahead(session, dataset):
         samples += n
         for read in reads:
             _accumulate(sums, read, got, max_positions, rng)
@@ -201,8 +200,20 @@ def stream(
             if x is not None and x.dtype.kind == "f":
                 summary.add(x, rng)
         tables.add(counts, got)
-        del got
     return _moments(sums), _summaries(summaries), counts, samples
+
+
+def _run_ahead(session: Any, dataset: Any) -> Iterator[tuple[dict[str, Any], int]]:
+    """Inputs and outputs of each batch with its samples; the next batch runs while this one is summed up."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting: tuple[Mapping[str, Any], int, Future[dict[str, Any]]] | None = None
+        for feeds, n in _batches(dataset):
+            started = (feeds, n, pool.submit(session.run, feeds))
+            if waiting is not None:
+                yield {**waiting[0], **waiting[2].result()}, waiting[1]
+            waiting = started
+        if waiting is not None:
+            yield {**waiting[0], **waiting[2].result()}, waiting[1]
 
 
 def _batches(dataset: Any) -> Iterator[tuple[Mapping[str, Any], int]]:
