@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from featherweight.errors import ModelError
 from featherweight.graph import io, surgery
@@ -109,3 +109,10 @@ def test_constness_follows_the_graph(build):
 def test_a_weight_that_the_caller_may_override_is_not_constant(cases_dir):
     model = io.load(cases_dir / "initializers_listed_as_inputs_ir3.onnx")
     assert surgery.constant(model.graph.initializers["c1.w"]) is None
+
+
+def test_text_in_a_protobuf_is_read_out():
+    proto = helper.make_tensor("words", TensorProto.STRING, [2], [b"a", b"bc"])
+    read = surgery.materialise(ir.TensorProtoTensor(proto))
+    assert (read.name, list(read.shape)) == ("words", [2])
+    assert read.numpy().tolist() == [b"a", b"bc"]

@@ -40,7 +40,8 @@ def start(model: Path, data: Path, out: Path) -> subprocess.Popen[str]:
                 print(phase, flush=True)
         if __name__ == "__main__":
             try:
-                fw.compress({str(model)!r}, {str(data)!r}, out={str(out)!r}, save_anyway=True, resume=Path({str(out)!r}).exists(),
+                fw.compress({str(model)!r}, {str(data)!r}, out={str(out)!r}, save_anyway=True,
+                            resume=Path({str(out)!r}).exists(),
                             progress=Said(), **{ASKED!r})
                 print("done", flush=True)
             except KeyboardInterrupt:

@@ -153,7 +153,7 @@ def _lower_bound(node: ir.Node, arrays: list[_Array | None]) -> int:
 
 
 def _elements(shape: _Array) -> int:
-    return int(min(np.prod(np.maximum(shape.astype(np.float64), 0)), float(_UNKNOWN)))
+    return int(min(float(np.prod(np.maximum(shape.astype(np.float64), 0))), float(_UNKNOWN)))
 
 
 _BROADCAST = frozenset(

@@ -21,7 +21,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
 
 from featherweight.errors import ModelError, OutputError
-from featherweight.graph import surgery, validate
+from featherweight.graph import sparse, surgery, validate
 from featherweight.graph.surgery import copy_model, in_memory, read_protobuf, read_small
 
 MAX_PROTO_BYTES = 2**31 - 1
@@ -43,6 +43,7 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     validate.check_is_onnx_file(where)
     proto = _parse(where)
     validate.check_proto(proto, where)
+    sparse.densify(proto, where)
     base = validate.resolve_external(proto, where)
     try:
         model = ir.serde.deserialize_model(proto)

@@ -89,9 +89,8 @@ def _convert(model: ir.Model, old: int) -> None:
             f"the model's opset {old} cannot be lifted to {OPSET}: {str(e).strip()[:200]}; export it with a newer opset"
         ) from e
     graph = converted.graph
-    for value in [v for v in graph.inputs if v.name in large]:
+    for value, original in [(v, large[v.name]) for v in graph.inputs if v.name and v.name in large]:
         graph.inputs.remove(value)
-        original = large[value.name]
         value.const_value = original.const_value
         value.type, value.shape = original.type, original.shape
         value.metadata_props.update(original.metadata_props)
@@ -134,7 +133,7 @@ def _node(
     return surgery.make_node(namer, op_type, inputs, of.name or op_type, attributes=attributes)
 
 
-def _const(namer: surgery.Namer, of: ir.Node, array: np.ndarray) -> ir.Value:  # type: ignore[type-arg]
+def _const(namer: surgery.Namer, of: ir.Node, array: np.ndarray) -> ir.Value:
     if of.graph is None or not isinstance(of.graph, ir.Graph):
         raise ModelError(f"node {of.name!r} must be in a graph")
     return surgery.add_initializer(of.graph, namer(f"{of.name or of.op_type}.const"), array)

@@ -58,7 +58,8 @@ def _fix_value_names(model: ir.Model) -> int:
 def merge_opsets(model: ir.Model) -> str:
     """Write the default domain only as '', in the imports and on the nodes."""
     changed = 0
-    for holder in (model.graph, *model.functions.values()):
+    holders: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for holder in holders:
         imports = holder.opset_imports
         if "ai.onnx" in imports:
             version = imports.pop("ai.onnx")

@@ -58,7 +58,7 @@ def infer(model: ir.Model, input_shapes: Mapping[str, tuple[int, ...]] | None = 
         return _infer_once(model)
     work = surgery.copy_model(model)
     for value in work.graph.inputs:
-        if value.name in input_shapes:
+        if value.name and value.name in input_shapes:
             value.shape = ir.Shape(input_shapes[value.name])
     for value in work.graph.outputs:
         # A declared symbolic size would win over the one that follows from the inputs.

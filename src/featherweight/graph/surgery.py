@@ -45,7 +45,7 @@ def _share(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
 def materialise(tensor: ir.TensorProtoTensor) -> ir.TensorProtocol:
     """A tensor read out of the protobuf once, instead of at each access."""
     if tensor.dtype == ir.DataType.STRING:
-        return ir.StringTensor(tensor.string_data(), shape=tensor.shape, name=tensor.name)
+        return ir.StringTensor(tensor.numpy().ravel().tolist(), shape=tensor.shape, name=tensor.name)
     return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, shape=tensor.shape, name=tensor.name)
 
 

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 
 from featherweight.errors import ModelError
 
 MIN_OPSET = 7
-MAX_SPARSE_BYTES = 1 << 28
-"""A sparse tensor is stored dense from here on, so what it may grow to is bounded."""
 _EXPORT = "export the model to ONNX and give that file"
 
 
@@ -86,7 +83,7 @@ def _other_format(head: bytes, suffix: str) -> str:
 
 
 def check_proto(proto: onnx.ModelProto, where: Path) -> None:
-    """Raise ModelError if versions, opsets or tensors are contradictory or unknown; sparse tensors become dense."""
+    """Raise ModelError if versions, opsets or tensors are contradictory or unknown."""
     if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output):
         raise ModelError(f"{where} must hold an ONNX graph, but it has none; it is not ONNX, or it is corrupt")
     if proto.ir_version > onnx.IR_VERSION:
@@ -97,9 +94,6 @@ def check_proto(proto: onnx.ModelProto, where: Path) -> None:
     _check_text(proto, where)
     _check_opsets(proto, where)
     _check_attributes(proto, where)
-    densify(proto.graph, where)
-    for function in proto.functions:
-        _densify_nodes(function.node, where)
     for tensor in tensors(proto):
         check_tensor(tensor, where)
 
@@ -122,18 +116,26 @@ def _check_text(proto: onnx.ModelProto, where: Path) -> None:
         raise ModelError(f"{where} is corrupt: a name must be UTF-8 text, but one is {bad!r}; download it again")
 
 
+_ATTRIBUTE_TYPES = {
+    getattr(onnx.defs.OpSchema.AttrType, name): int(number)
+    for name, number in onnx.AttributeProto.AttributeType.items()
+    if name != "UNDEFINED"
+}
+"""The number a file gives to each type that an operator can declare."""
+
+
 def _check_attributes(proto: onnx.ModelProto, where: Path) -> None:
     """Attributes must have the type that their operator declares, and hold what their type says."""
     version = next((i.version for i in proto.opset_import if i.domain in ("", "ai.onnx")), MIN_OPSET)
     for node in _all_nodes(proto):
-        declared = {}
+        declared: Mapping[str, onnx.defs.OpSchema.Attribute] = {}
         if node.domain in ("", "ai.onnx") and onnx.defs.has(node.op_type):
             with contextlib.suppress(onnx.defs.SchemaError):
                 declared = onnx.defs.get_schema(node.op_type, version, "").attributes
         for attr in node.attribute:
             if attr.ref_attr_name:
                 continue
-            wanted = int(declared[attr.name].type.value) if attr.name in declared else int(attr.type)
+            wanted = _ATTRIBUTE_TYPES[declared[attr.name].type] if attr.name in declared else int(attr.type)
             empty = (attr.type == onnx.AttributeProto.TENSOR and not attr.HasField("t")) or (
                 attr.type == onnx.AttributeProto.GRAPH and not attr.HasField("g")
             )
@@ -333,56 +335,6 @@ def _check_range(tensor: onnx.TensorProto, file: Path, where: Path) -> None:
             f"{where}: tensor {tensor.name!r} needs bytes {offset}..{offset + length} of {file.name!r}, but that file "
             f"has {size} B; it is truncated or belongs to another model"
         )
-
-
-def densify(graph: onnx.GraphProto, where: Path) -> None:
-    """Turn sparse initializers and sparse constants into dense tensors, in place and recursively."""
-    for g in graphs(graph):
-        for sparse in g.sparse_initializer:
-            g.initializer.append(_dense(sparse, where))
-        del g.sparse_initializer[:]
-        _densify_nodes(g.node, where)
-
-
-def _densify_nodes(nodes: object, where: Path) -> None:
-    for node in nodes:  # type: ignore[attr-defined]
-        for attr in node.attribute:
-            if node.op_type == "Constant" and attr.name == "sparse_value" and attr.HasField("sparse_tensor"):
-                dense = _dense(attr.sparse_tensor, where)
-                attr.Clear()
-                attr.name, attr.type = "value", onnx.AttributeProto.TENSOR
-                attr.t.CopyFrom(dense)
-
-
-def _dense(sparse: onnx.SparseTensorProto, where: Path) -> onnx.TensorProto:
-    name = sparse.values.name
-    check_tensor(sparse.values, where)
-    check_tensor(sparse.indices, where)
-    n = 1
-    for d in sparse.dims:
-        n *= d
-    try:
-        values = onnx.numpy_helper.to_array(sparse.values)
-        indices = onnx.numpy_helper.to_array(sparse.indices).astype(np.int64)
-    except (ValueError, TypeError, OSError, onnx.checker.ValidationError) as e:
-        raise ModelError(f"{where}: the sparse tensor {name!r} is malformed: {e}") from e
-    if n * values.itemsize > MAX_SPARSE_BYTES or any(d < 0 for d in sparse.dims):
-        raise ModelError(
-            f"{where}: the sparse tensor {name!r} must be below {MAX_SPARSE_BYTES} B when dense, "
-            f"but its shape is {list(sparse.dims)}; store it dense"
-        )
-    if indices.ndim == 2 and indices.shape[1] == len(sparse.dims):
-        strides = np.cumprod([1, *reversed(sparse.dims[1:])])[::-1].astype(np.int64)
-        inside = bool(((indices >= 0) & (indices < np.array(sparse.dims))).all())
-        indices = indices @ strides
-    else:
-        inside = indices.ndim == 1
-    inside = inside and indices.shape == (values.size,) and bool(((indices >= 0) & (indices < n)).all())
-    if not inside:
-        raise ModelError(f"{where}: the indices of the sparse tensor {name!r} do not fit its shape; it is corrupt")
-    dense = np.zeros(n, values.dtype)
-    dense[indices] = values.reshape(-1)
-    return onnx.numpy_helper.from_array(dense.reshape(tuple(sparse.dims)), name)
 
 
 def check_links(model: ir.Model, where: Path) -> None:

@@ -115,7 +115,7 @@ def _two_sided(k: int, n: int) -> float:
     for i in range(k + 1):
         total += term
         term = term * (n - i) // (i + 1)
-    return min(1.0, 2 * total / 2**n)
+    return min(1.0, 2 * total / (1 << n))
 
 
 def agresti_min(gained: int, lost: int, n: int, level: float = 0.95) -> tuple[float, float]:
