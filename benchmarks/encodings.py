@@ -66,7 +66,7 @@ def model(shape: tuple[int, int], *, table: bool, encoded: encode.Encoded | None
     rows, columns = shape
     stored = np.zeros(shape) if encoded is not None else np.random.default_rng(1).standard_normal(shape)
     tensor = ir.tensor(stored.astype(np.float32), name="W")
-    weight = ir.Value(name="W", const_value=tensor, type=ir.TensorType(ir.DataType.FLOAT), shape=tensor.shape)
+    weight = ir.Value(name="W", const_value=tensor, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(shape))
     output = ir.Value(name="y", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["n", columns]))
     if table:
         x = ir.Value(name="x", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["n"]))

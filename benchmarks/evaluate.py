@@ -43,7 +43,7 @@ def outputs(task: Task, path: Path, work: Path) -> np.ndarray:
                 pool.submit(_run, task.name, path, work / "data" / task.evaluation, kept).result()
             except BrokenProcessPool as e:
                 raise RuntimeError(f"the runtime died on {path.name}") from e
-    return np.load(kept)
+    return np.asarray(np.load(kept))
 
 
 def _run(name: str, path: Path, data: Path, kept: Path) -> None:
@@ -85,10 +85,10 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
 
 def unit(x: np.ndarray) -> np.ndarray:
     """Rows of (n, d) scaled to length one; a row of zeros stays."""
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    return np.asarray(x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12))
 
 
 def _similarities(embeddings: np.ndarray) -> np.ndarray:
     """Cosine of the two sentences of each pair: rows 2i and 2i + 1 of (2n, d)."""
     e = unit(embeddings)
-    return (e[0::2] * e[1::2]).sum(1)
+    return np.asarray((e[0::2] * e[1::2]).sum(1))

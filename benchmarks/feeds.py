@@ -41,7 +41,7 @@ def read(folder: Path, model: str, *, limit: int | None = None) -> Iterator[dict
 
 def labels(folder: Path) -> np.ndarray:
     """Class indices (n,) int64, or similarity scores (n,) f64 of the pairs (rows 2i, 2i+1)."""
-    return np.load(folder / "labels.npy")
+    return np.asarray(np.load(folder / "labels.npy"))
 
 
 def prepare_images(source: Path, target: Path, split: str) -> Path:
@@ -76,7 +76,7 @@ def prepare_pairs(source: Path, target: Path, tokenizer: Path, *, n: int | None 
     tool = Tokenizer.from_file(str(tokenizer))
     tool.enable_truncation(MAX_TOKENS)
     tool.enable_padding()
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     starts = range(0, len(sentences), TEXT_BATCH)
     for i, start in enumerate(starts):
         encoded = tool.encode_batch(sentences[start : start + TEXT_BATCH])

@@ -91,7 +91,11 @@ def judge(task: Task, made: list[tuple[Row, Path]], *, turns: int) -> list[Row]:
             Row(
                 row.tool,
                 size_bytes=_bytes(path) if path.exists() else None,
-                **({"metric": q.metric, "drop": q.drop, "p": q.p, "closeness": q.closeness, "n": q.n} if q else {}),
+                metric=q.metric if q else None,
+                drop=q.drop if q else None,
+                p=q.p if q else None,
+                closeness=q.closeness if q else None,
+                n=q.n if q else None,
                 **(vars(s) if s else {}),
                 wall_s=row.wall_s,
                 peak_bytes=row.peak_bytes,

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ def small_model() -> ir.Model:
     )
 
 
-def batches(n: int):
+def batches(n: int) -> Iterator[dict[str, np.ndarray]]:
     rng = np.random.default_rng(1)
     for _ in range(n):
         yield {"x": rng.normal(size=(4, 64)).astype(np.float32)}

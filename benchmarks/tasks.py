@@ -132,5 +132,5 @@ def _pairs_table(source: Path, table: Path) -> None:
             part = "holdout" if split == "validation" and i % 2 else split
             rows.append((row["sentence1"], row["sentence2"], row["score"], part))
     with table.open("w", newline="", encoding="utf-8") as f:
-        for row in [("sentence1", "sentence2", "score", "split"), *rows]:
-            f.write("\t".join(row) + "\n")
+        for line in [("sentence1", "sentence2", "score", "split"), *rows]:
+            f.write("\t".join(line) + "\n")

@@ -22,7 +22,7 @@ def _report(*, answer: str = "yes", outcome: str = "met") -> Report:
     result = Measurement(300, "accuracy", 0.89, 0.01, Interval(0.0, 0.02), 0.4, 100)
     notes = (Note("node", "left alone: custom operator"),)
     budget = Budget(max_size_bytes=400)
-    return Report(budget, answer, outcome, "as asked", Plan(()), baseline, result, notes=notes)  # type: ignore[arg-type]
+    return Report(budget, answer, outcome, "as asked", Plan(()), baseline, result, notes=notes)
 
 
 @dataclass

@@ -108,4 +108,4 @@ def test_an_error_in_the_users_generator_names_the_batch(tmp_path: Path) -> None
     with pytest.raises(DataError, match=r"the data function source failed at batch 1 .KeyError: 'lost'"):
         open_data(source, [X], spool_folder=tmp_path)
     with pytest.raises(DataError, match="must give batches one after another, but gave int"):
-        open_data(lambda: 3, [X], spool_folder=tmp_path)  # type: ignore[arg-type]
+        open_data(int, [X], spool_folder=tmp_path)

@@ -10,6 +10,7 @@ import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def _save(path: Path, compressed: bool = False, **arrays: np.ndarray) -> Path:
 
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_stacked_rows_come_back_exactly(tmp_path: Path, compressed: bool, order: str) -> None:
+def test_stacked_rows_come_back_exactly(tmp_path: Path, compressed: bool, order: Literal["C", "F"]) -> None:
     x = np.asarray(np.random.default_rng(0).normal(size=(10, 4)).astype(np.float32), order=order)
     y = np.arange(10)
     data = open_data(_save(tmp_path / "d.npz", compressed, x=x, labels=y), [X], batch_size=3)
@@ -64,7 +65,7 @@ def test_fixed_first_axis_cuts_and_drops_the_rest_with_a_note(tmp_path: Path) ->
 
 
 def test_keyed_batches_of_different_shapes_in_numeric_order(tmp_path: Path) -> None:
-    arrays = {f"{i}::x": np.full((i % 3 + 1, 4), i, np.float32) for i in range(11)}
+    arrays: dict[str, np.ndarray] = {f"{i}::x": np.full((i % 3 + 1, 4), i, np.float32) for i in range(11)}
     arrays |= {f"{i}::labels": np.full(i % 3 + 1, i) for i in range(11)}
     data = open_data(_save(tmp_path / "d.npz", **arrays), [X])
     assert [b.feeds["x"][0, 0] for b in data.batches()] == list(range(11))

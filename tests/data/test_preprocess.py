@@ -73,7 +73,7 @@ def test_wrong_specs_are_clear_errors(text: str, message: str) -> None:
 def test_the_models_shape_decides_what_is_open(
     preset: str, shape: tuple[object, ...], resize: int, crop: tuple[int, int], layout: str
 ) -> None:
-    spec, notes = resolve(preset, InputSpec("x", F32, shape))  # type: ignore[arg-type]
+    spec, notes = resolve(preset, InputSpec("x", F32, shape))
     assert (spec.resize, spec.crop, spec.layout) == (resize, crop, layout)
     assert notes == []
 
@@ -98,7 +98,7 @@ def test_without_a_spec_the_assumption_is_said() -> None:
 )
 def test_contradictions_are_errors(spec: str, shape: tuple[object, ...], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        resolve(spec, InputSpec("x", F32, shape))  # type: ignore[arg-type]
+        resolve(spec, InputSpec("x", F32, shape))
 
 
 def _picture(height: int, width: int) -> Image.Image:

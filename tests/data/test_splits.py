@@ -24,7 +24,7 @@ def _data(folder: Path, n: int, labels: np.ndarray | None = None, batch_size: in
 
 
 def _parts(data: Dataset, **options: object) -> list[list[int]]:
-    s = split(data, **options)  # type: ignore[arg-type]
+    s = split(data, **options)
     return [p.atoms() for p in (s.calibration, s.validation, s.holdout)]
 
 

@@ -35,7 +35,7 @@ class _Tensor:
         self.args = (storage, offset, shape, strides, False, OrderedDict())
 
 
-class _Pickler(pickle._Pickler):  # type: ignore[name-defined]  # the Python one, whose save can be extended
+class _Pickler(pickle._Pickler):  # the Python one, whose save can be extended
     def persistent_id(self, obj: object) -> object:
         if isinstance(obj, _Storage):
             return ("storage", _Global("torch", obj.kind), obj.key, "cpu", obj.numel)

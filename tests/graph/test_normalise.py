@@ -147,7 +147,7 @@ def test_batchnorm_folds_into_convolutions(build, run, op, groups, bias):
 def test_batchnorm_folds_into_gemm_with_alpha_and_beta(build, run, transposed, bias):
     stored = {"w": f32(4, 5) if transposed else f32(5, 4), **bn(4)}
     if bias is not None:
-        stored["c"] = f32(*bias) if bias else np.float32(0.7).reshape(())
+        stored["c"] = f32(*bias) if bias else np.array(0.7, np.float32)
     gemm = N("Gemm", ["x", "w", *(["c"] if bias is not None else [])], ["t"], transB=transposed, alpha=0.5, beta=-2.0)
     model = build([gemm, N("BatchNormalization", ["t", *BN], ["y"])], stored, inputs={"x": [3, 5]})
     assert op_types(check(model, run, [{"x": f32(3, 5)}]).model) == {"Gemm"}

@@ -93,7 +93,7 @@ def report() -> Report:
             load_ms=42.0,
             n_samples=350,
         ),
-        attempts[0].measured,  # type: ignore[arg-type]
+        attempts[0].measured,
         attempts,
         attempts[:2],
         notes,

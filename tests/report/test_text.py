@@ -131,7 +131,7 @@ def test_comparison_claims_no_unseen_samples(report: Report) -> None:
         metric_reason: str = "the data has class labels"
         notes: tuple[Note, ...] = ()
 
-    shown = to_text(comparison.comparison_parts(Comparison(report.baseline, report.result)))  # type: ignore[arg-type]
+    shown = to_text(comparison.comparison_parts(Comparison(report.baseline, report.result)))
     assert shown.startswith("3.92x smaller, 1.52x faster")
     assert "original  candidate" in " ".join(shown.split()).replace(" candidate", "  candidate")
     assert "350 samples; paired test" in shown

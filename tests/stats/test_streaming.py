@@ -68,7 +68,9 @@ def test_moments_ranges_and_counts_equal_numpy():
     assert stats.n_samples == 40
     assert stats.n_rows("w1") == 40
     assert stats.key == model_key(model)
-    counts, edges = stats.histogram("h")
+    found = stats.histogram("h")
+    assert found is not None
+    counts, edges = found
     assert counts.sum() == h.size
     assert len(edges) == len(counts) + 1
 

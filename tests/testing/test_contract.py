@@ -13,7 +13,7 @@ class Contract(contract.TechniqueContract):
     technique = "weight_nbit"
 
 
-Contract.__test__ = False  # type: ignore[attr-defined]
+Contract.__test__ = False
 MODEL = "gemm_matmul"
 TRUE_QUANTIZE = _gptq.quantize
 

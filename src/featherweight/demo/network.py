@@ -32,7 +32,7 @@ class Network:
         """Declare the float32 value `name` a graph output."""
         self._outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, list(shape)))
 
-    def weight(self, name: str, array: np.ndarray) -> str:
+    def weight(self, name: str, array: np.ndarray | np.generic) -> str:
         """Add an initializer; the same name twice is one tensor."""
         self._weights.setdefault(name, numpy_helper.from_array(np.ascontiguousarray(array), name))
         return name
