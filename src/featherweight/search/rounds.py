@@ -214,7 +214,9 @@ def _worth(problem: Problem) -> Callable[[Action], bool]:
 
 def stores_eight_bits(action: Action) -> bool:
     """True for actions that store weights as plain 8-bit integers, one scale a channel or tensor."""
-    return action.get("weight_bits", action.get("bits", 0)) == 8 and not action.get("block", 0)
+    if action.technique == "palette" or action.get("block", 0):
+        return False
+    return bool(action.get("weight_bits", action.get("bits", 0)) == 8)
 
 
 def without(table: Mapping[str, Sequence[Choice]], names: frozenset[str] | set[str]) -> dict[str, list[Choice]]:

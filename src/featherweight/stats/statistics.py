@@ -117,7 +117,7 @@ class Statistics:
         return self.row_counts.get(weight)
 
     def save(self, path: str | Path) -> None:
-        """Write one npz file, readable without pickle."""
+        """Write one npz file, readable without pickle: moments as float32 triangles, sampled rows as float16."""
         arrays: dict[str, Any] = {}
         meta: dict[str, Any] = {
             "schema": SCHEMA,
@@ -131,11 +131,14 @@ class Statistics:
         }
         for i, (name, m) in enumerate(self.moments.items()):
             meta["moments"][name] = m.rows
-            arrays[f"m{i}_second"], arrays[f"m{i}_mean"] = m.second, m.mean
+            arrays[f"m{i}_second"], arrays[f"m{i}_mean"] = packed(m.second), m.mean
         for i, (name, v) in enumerate(self.values.items()):
             fields = dataclasses.asdict(v)
             for part in _ARRAYS:
                 arrays[f"v{i}_{part}"] = fields.pop(part)
+            # Sampled rows choose ranges: eleven bits of each value are plenty. Scaled, so that none overflows.
+            fields["rows_scale"] = scale = max(float(np.abs(v.rows).max(initial=0.0)), 1e-30)
+            arrays[f"v{i}_rows"] = (v.rows / np.float32(scale)).astype(np.float16)
             meta["values"][name] = fields
         for i, counts in enumerate(self.row_counts.values()):
             arrays[f"g{i}"] = counts
@@ -151,6 +154,25 @@ class Statistics:
             raise DataError(f"{path} must be a statistics file of schema {SCHEMA}, but cannot be read: {e}") from e
 
 
+def packed(second: F64) -> npt.NDArray[np.float32]:
+    """(groups, k, k) symmetric -> (groups, k (k + 1) / 2) float32, the upper triangle; a diagonal (groups, k) as it is."""
+    if second.ndim == 2:
+        return second.astype(np.float32)
+    rows, columns = np.triu_indices(second.shape[-1])
+    return second[:, rows, columns].astype(np.float32)
+
+
+def unpacked(stored: npt.NDArray[np.float32], k: int) -> F64:
+    """Inverse of `packed` up to its rounding, float64."""
+    if stored.shape[-1] == k and k != 1:
+        return stored.astype(np.float64)
+    rows, columns = np.triu_indices(k)
+    full = np.empty((stored.shape[0], k, k), np.float64)
+    full[:, rows, columns] = stored
+    full[:, columns, rows] = stored
+    return full
+
+
 _ARRAYS = ("channel_low", "channel_high", "channel_mean", "counts", "rows")
 
 
@@ -159,13 +181,16 @@ def _from_npz(raw: Any) -> Statistics:
     if meta["schema"] != SCHEMA:
         raise ValueError(f"schema is {meta['schema']}")
     moments = {
-        name: MomentStats(raw[f"m{i}_second"], raw[f"m{i}_mean"], int(rows))
+        name: MomentStats(unpacked(raw[f"m{i}_second"], raw[f"m{i}_mean"].shape[-1]), raw[f"m{i}_mean"], int(rows))
         for i, (name, rows) in enumerate(meta["moments"].items())
     }
     values = {}
     for i, (name, fields) in enumerate(meta["values"].items()):
         fields["shape"] = tuple(fields["shape"])
-        values[name] = ValueStats(**fields, **{part: raw[f"v{i}_{part}"] for part in _ARRAYS})
+        scale = np.float32(fields.pop("rows_scale"))
+        parts = {part: raw[f"v{i}_{part}"] for part in _ARRAYS}
+        parts["rows"] = parts["rows"].astype(np.float32) * scale
+        values[name] = ValueStats(**fields, **parts)
     return Statistics(
         key=meta["key"],
         n_samples=meta["n_samples"],

@@ -240,9 +240,15 @@ def _accumulate(
 
 
 def _moments(sums: dict[str, Moments]) -> dict[str, MomentStats]:
-    for m in sums.values():
+    """Means of the sums; each sum is freed as it is read, since all of them together are the largest thing here."""
+    found = {}
+    for name in list(sums):
+        m = sums.pop(name)
         m.flush()
-    return {name: MomentStats(m.total / m.rows, m.first / m.rows, m.rows) for name, m in sums.items() if m.rows}
+        if m.rows:
+            m.total /= m.rows
+            found[name] = MomentStats(m.total, m.first / m.rows, m.rows)
+    return found
 
 
 def _summaries(found: dict[str, ValueSummary]) -> dict[str, ValueStats]:
