@@ -53,6 +53,8 @@ def statistics(problem: Problem) -> Statistics:
         seed=problem.request.seed,
     )
     stats.save(path)
+    del stats
+    problem.worker.close()  # a fresh child holds none of what the runtime kept from this pass
     # Read back, so that a replay from the saved file sees the same numbers to the bit.
     read = Statistics.load(path)
     problem.model, ready = equalise(problem.model, shrunk(read))
