@@ -49,7 +49,7 @@ def statistics(problem: Problem) -> Statistics:
         problem.splits.calibration,
         max_positions=min(max(ROWS_WANTED // max(batches, 1), LEAST_POSITIONS), MOST_POSITIONS),
         worker=problem.worker,
-        threads=problem.profile.threads,
+        threads=1,
         seed=problem.request.seed,
     )
     stats.save(path)

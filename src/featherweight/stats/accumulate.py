@@ -12,7 +12,7 @@ F64 = npt.NDArray[np.float64]
 
 BINS = 2048
 FLUSH_ROWS = 1024
-FLUSH_VALUES = 1 << 22
+FLUSH_VALUES = 1 << 23
 CHUNK_ROWS = 8192  # rows multiplied in float32 before they are added to the float64 total
 
 

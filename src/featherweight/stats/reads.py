@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from featherweight.graph.weights import Weight, WeightUse
 
 I64 = npt.NDArray[np.int64]
-LEAST_POSITIONS = 32  # drawn of each sample of a convolution
+LEAST_POSITIONS = 8
 MATRIX_ROWS = 1024  # rows drawn of each batch for a MatMul or Gemm
 
 
@@ -167,8 +167,8 @@ def rows_of(read: Read, got: dict[str, Any], *, limit: int, rng: np.random.Gener
     x = x.astype(np.float32, copy=False)
     if read.window is not None:
         k = x.shape[1] // read.groups * int(np.prod(read.window.kernel))
-        # Few inputs need few rows: a depthwise kernel of 9 is known after some hundred of them.
-        drawn = min(limit, max(LEAST_POSITIONS, k // 2))
+        # Few inputs need few rows: a depthwise kernel of 9 is known after some hundred of them over all data.
+        drawn = min(limit, max(32, k // 2))
         return columns(x, read.window, groups=read.groups, limit=drawn, rng=rng)
     if read.role == "rnn_input":
         rows = _some(x.reshape(-1, x.shape[-1]), limit * 4, rng)
