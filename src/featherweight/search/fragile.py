@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 from featherweight.core import Decision, Plan, Site
-from featherweight.errors import RunError
+from featherweight.errors import RunError, TechniqueError
 from featherweight.search.candidates import build
 from featherweight.search.problem import Problem, child_runner, first_feeds
 from featherweight.search.solve import Choice
@@ -52,8 +52,8 @@ def _measured(
         try:
             built = build(problem.model, wanted, now, problem.techniques)
             seen = compare(built, expected, outputs, runner, feeds)
-        except RunError as e:
-            return dict.fromkeys(sorted(integer), f"computed in float: the integer model does not run ({e})")
+        except (RunError, TechniqueError) as e:
+            return dict.fromkeys(sorted(integer), f"computed in float: the integer model cannot be built or run ({e})")
         gain = math.inf if best is None else seen.output_db - best[0]
         if best is None or gain >= WORTH_DB or (best[0] < POOR_DB and gain > 0):
             best = (seen.output_db, dict(kept))

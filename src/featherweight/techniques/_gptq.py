@@ -227,7 +227,8 @@ def quantize(
         bits=bits,
         block=block,
         symmetric=symmetric,
-        scale=None if scale is None else scale / unit,
+        # Rows that vanish beside the largest weight have codes of zero at any scale; theirs would underflow.
+        scale=None if scale is None else np.where(scale > 0, _scales.safe_scale(scale / unit), scale),
         pairs=_pairs(k, reduction_order) if pair_safe else None,
     )
     weight = (float(unit) ** 2 * level)[:, None]
