@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,6 +126,9 @@ def _opened(request: Request, resume: bool, progress: Progress | None) -> Iterat
 
 def _solve(problem: Problem, *, save_anyway: bool, first_is_enough: bool) -> Report:
     """Bounds, search, verification: the three answers of the decision problem."""
+    done = _finished(problem)
+    if done is not None:
+        return done
     known = measure_baseline(problem)
     if already_fits(problem, known):
         return _write(problem, finish.finish_untouched(problem, known))
@@ -135,7 +139,20 @@ def _solve(problem: Problem, *, save_anyway: bool, first_is_enough: bool) -> Rep
     report = _write(problem, finish.finish(problem, known, found, save_anyway=save_anyway))
     if found.interrupted:
         raise KeyboardInterrupt
+    if not problem.out_of_time():
+        problem.journal.phase("finished", lambda: True)
     return report
+
+
+def _finished(problem: Problem) -> Report | None:
+    """The report of a run that had come to its end, where it is still in the folder: resuming it repeats nothing."""
+    from featherweight.report import json
+
+    path = problem.work.parent / "report.json"
+    if not problem.journal.finished("finished") or not path.exists():
+        return None
+    shutil.rmtree(problem.work, ignore_errors=True)
+    return json.read(path)
 
 
 def _write(problem: Problem, report: Report) -> Report:

@@ -122,7 +122,8 @@ def weight_codes(
     if floor is not None and (scale < floor).any():
         # Only these channels: their weights are so small that the bias in steps of sx * sw would pass int32.
         wide = np.maximum(scale, floor).astype(np.float32)
-        fresh = np.clip(np.rint(matrix / wide[..., None]), -127, 127).astype(np.int8)
+        top = 2 ** (bits - 1) - 1
+        fresh = np.clip(np.rint(matrix / wide[..., None]), -top, top).astype(np.int8)
         codes = np.where((scale < floor)[..., None], fresh, codes)
         scale = wide
     ctx.cache[key] = codes, scale
