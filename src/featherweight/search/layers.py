@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from featherweight.core import Note, Plan
+from featherweight.core import Decision, Note, Plan
 from featherweight.graph import surgery
+from featherweight.graph.weights import Weight, weights
 from featherweight.search.effects import modelled_latency_ms
 from featherweight.search.prepare import Ground
 from featherweight.search.problem import Problem
+from featherweight.techniques import _units
 from featherweight.techniques._protocol import INTEGER_TECHNIQUES
 
 
@@ -20,6 +22,7 @@ def rows(problem: Problem, plan: Plan, ground: Ground | None) -> tuple[dict[str,
     chosen = plan.by_site()
     macs = problem.facts.get("macs", {})
     why = _reasons([*ground.ctx.notes, *ground.effects.refused])
+    by_name = {w.name: w for w in weights(problem.model)}
     found = []
     for site in ground.sites.values():
         decision = chosen.get(site.name)
@@ -28,6 +31,7 @@ def rows(problem: Problem, plan: Plan, ground: Ground | None) -> tuple[dict[str,
         integer = decision is not None and any(a.technique in INTEGER_TECHNIQUES for a in decision.actions)
         effect = next((c.effect for c in ground.effects.table[site.name] if c.decision == decision), None)
         places = {site.name, *site.nodes}
+        noted = "; ".join(t for p, t in why if p in places)
         found.append(
             {
                 "layer": site.nodes[0] if site.nodes else site.name,
@@ -40,10 +44,18 @@ def rows(problem: Problem, plan: Plan, ground: Ground | None) -> tuple[dict[str,
                 "macs": int(work),
                 "int8": integer,
                 "float_cost_ms": 0.0 if integer else round(modelled_latency_ms(work), 4),
-                "why": "" if integer else "; ".join(t for p, t in why if p in places),
+                "why": "" if integer else noted or _usual_reason(problem, by_name.get(site.name), decision),
             }
         )
     return tuple(found)
+
+
+def _usual_reason(problem: Problem, weight: Weight | None, decision: Decision | None) -> str:
+    """Why a site that no note speaks of did not become integer: it cannot, or the search weighed it so."""
+    if decision is None or decision.keeps:
+        return "kept: no form of it pays for the bytes and the noise it adds within the limits"
+    refusal = None if weight is None else _units.refusal(problem.model, weight)
+    return f"computed in float: {refusal or 'stored smaller, and integers do not pay here'}"
 
 
 def _shape(problem: Problem, tensor: str) -> list[int]:

@@ -65,6 +65,14 @@ def refusal(model: ir.Model, weight: Weight) -> str | None:
         reason = _refusal_of_use(model, weight, use)
         if reason is not None:
             return reason
+    if weight.dtype != np.float32:
+        return f"it computes in {weight.dtype.name}, and integer kernels sit between float32 values"
+    if weight.value.is_graph_output():
+        return "it is an output of the model, so its values must stay"
+    known = {(use.node, use.index) for use in weight.uses}
+    other = next((u.node for u in weight.value.uses() if (u.node, u.idx) not in known), None)
+    if other is not None:
+        return f"{other.op_type} {other.name!r} reads it as data"
     return None if weight.uses else "nothing reads it"
 
 
