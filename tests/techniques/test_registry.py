@@ -12,6 +12,7 @@ from featherweight.techniques import _protocol, all_techniques, checked, get
 class Complete:
     name = "complete"
     stage = "numeric"
+    integer = False
 
     def sites(self, model: ir.Model):
         return ()

@@ -21,9 +21,7 @@ WRITTEN = ("model.onnx", "plan.json", "report.json", "report.html")
 @option(
     "--max-size", type=options.SIZE, default="20%", show_default=True, section="Budget", help="How large it may be."
 )
-@option(
-    "--max-drop", type=options.DROP, section="Budget", help="How much it may lose. Default: 2%, shipped photos 5%."
-)
+@option("--max-drop", type=options.DROP, section="Budget", help="How much it may lose. Default: 2%, shipped photos 5%.")
 @option(
     "--time-budget", type=options.DURATION, default="120s", show_default=True, section="Search", help="Search time."
 )

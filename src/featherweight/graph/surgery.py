@@ -112,11 +112,6 @@ def walk(graph: ir.Graph | ir.Function) -> Iterator[ir.Node]:
     yield from ir.traversal.RecursiveGraphIterator(graph)
 
 
-def all_graphs(model: ir.Model) -> list[ir.Graph]:
-    """The main graph, then every sub-graph."""
-    return list(model.graphs())
-
-
 def names(model: ir.Model) -> set[str]:
     """Every node and value name in use anywhere in the model."""
     used: set[str] = set()

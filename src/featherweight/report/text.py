@@ -16,7 +16,6 @@ from featherweight.quantities import (
     format_duration,
     format_ms,
     format_percent,
-    format_times,
 )
 from featherweight.report import layers as layer_rows
 from featherweight.report import wording
@@ -220,8 +219,3 @@ def pairs(rows: Mapping[str, str]) -> RenderableType:
     for key, value in rows.items():
         made.add_row(key, Text(value))
     return indented(made)
-
-
-def speed_words(ratio: float | None) -> str:
-    """'1.52x' of a latency ratio of 0.66; '-' where not measured."""
-    return format_times(None if not ratio else 1 / ratio)

@@ -30,11 +30,6 @@ class Peaks:
     int8_median_gmacs: float
     threads: int
 
-    @property
-    def int8_gain(self) -> float:
-        """How many times faster int8 can be at best."""
-        return self.int8_gmacs / self.float_gmacs
-
     def float_floor_ms(self, macs: int) -> float:
         """Least time of so many MACs in float."""
         return macs / self.float_gmacs / 1e6

@@ -42,10 +42,10 @@ def build(model: ir.Model, plan: Plan, ctx: Context, techniques: Mapping[str, Te
                 used[technique.name] = technique
                 left: list[Site] = []
                 for site in current[decision.site]:
-                    left.extend(technique.apply(result, site, action, ctx.for_technique(technique.name)))
+                    left.extend(technique.apply(result, site, action, ctx.for_technique(technique)))
                 current[decision.site] = tuple(left)
         for technique in used.values():
-            technique.finish(result, ctx.for_technique(technique.name))
+            technique.finish(result, ctx.for_technique(technique))
     fold.restore_storage(result)
     return result
 

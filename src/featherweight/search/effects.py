@@ -15,7 +15,6 @@ from featherweight.core import Action, Decision, Effect, Note, Progress, Site
 from featherweight.errors import TechniqueError
 from featherweight.search.solve import Choice
 from featherweight.techniques import Context, Technique
-from featherweight.techniques._protocol import INTEGER_TECHNIQUES
 
 # Rates of one core used where no measurement steers (deterministic on purpose, so that equal inputs give equal
 # plans): only their ratio matters, as a tie-break between equally small or equally accurate plans.
@@ -83,7 +82,7 @@ def _choice(
     except TechniqueError as e:
         ctx.note(site.name, f"{action}: {e}")
         return None
-    integer = action.technique in INTEGER_TECHNIQUES
+    integer = technique.integer
     latency = facts.latency_ms * (1 / INT8_SPEEDUP[ctx.profile.int8_dot] - 1) if integer else 0.0
     peak = -facts.resident_bytes * 3 // 4 if integer else 0
     size = estimate.size_bytes - site.size_bytes
@@ -95,17 +94,3 @@ def _choice(
 def modelled_latency_ms(macs: float) -> float:
     """Float time of so many multiply-accumulates at the nominal rate of one core."""
     return macs / FLOAT_MACS_PER_MS
-
-
-def calibrate_latency(table: Mapping[str, Sequence[Choice]], speedup: float, nominal: float) -> dict[str, list[Choice]]:
-    """The table with integer decisions' latency effects rescaled from the nominal to the measured speed-up."""
-    import dataclasses
-
-    factor = (1 / speedup - 1) / (1 / nominal - 1)
-    out: dict[str, list[Choice]] = {}
-    for site, choices in table.items():
-        out[site] = [
-            dataclasses.replace(c, effect=dataclasses.replace(c.effect, latency_ms=c.effect.latency_ms * factor))
-            for c in choices
-        ]
-    return out

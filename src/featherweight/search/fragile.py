@@ -15,10 +15,9 @@ from featherweight.errors import RunError, TechniqueError
 from featherweight.search.candidates import build
 from featherweight.search.problem import Problem, child_runner, first_feeds
 from featherweight.search.solve import Choice
-from featherweight.techniques import Context
+from featherweight.techniques import Context, integer_names
 from featherweight.techniques._fallback import ENOUGH_DB, compare, reference, suspects
 from featherweight.techniques._plain import POOR_DB, WORTH_DB
-from featherweight.techniques._protocol import INTEGER_TECHNIQUES
 
 ROUNDS = 8
 FEEDS = 3
@@ -35,7 +34,7 @@ def find_fragile(problem: Problem, ctx: Context, table: Mapping[str, list[Choice
 def _measured(
     problem: Problem, ctx: Context, table: Mapping[str, list[Choice]], sites: Mapping[str, Site]
 ) -> dict[str, str]:
-    plan = _all_integer(table)
+    plan = _all_integer(table, integer_names(problem.techniques.values()))
     if not plan.changed():
         return {}
     problem.progress.start("looking for fragile layers")
@@ -68,11 +67,11 @@ def _measured(
     return best[1] if best is not None else kept
 
 
-def _all_integer(table: Mapping[str, list[Choice]]) -> Plan:
+def _all_integer(table: Mapping[str, list[Choice]], techniques: frozenset[str]) -> Plan:
     """Every site at its 8-bit integer option, where it has one (static before dynamic)."""
     decisions = []
     for choices in table.values():
-        for name in sorted(INTEGER_TECHNIQUES, reverse=True):
+        for name in sorted(techniques, reverse=True):
             match = [c.decision for c in choices if _is(c.decision, name)]
             if match:
                 decisions.append(match[0])
@@ -90,12 +89,12 @@ def _without_fragile(plan: Plan, sites: Mapping[str, Site], kept: Iterable[str])
 
 
 def usable(
-    table: Mapping[str, list[Choice]], sites: Mapping[str, Site], fragile: frozenset[str]
+    table: Mapping[str, list[Choice]], sites: Mapping[str, Site], fragile: frozenset[str], integers: frozenset[str]
 ) -> dict[str, list[Choice]]:
-    """The table without integer decisions at sites that a fragile node reads."""
+    """The table without decisions for one of the `integers` techniques at sites that a fragile node reads."""
 
     def allowed(site: str, choice: Choice) -> bool:
-        integer = any(a.technique in INTEGER_TECHNIQUES for a in choice.decision.actions)
+        integer = any(a.technique in integers for a in choice.decision.actions)
         return not (integer and fragile.intersection(sites[site].nodes))
 
     return {site: [c for c in choices if allowed(site, c)] for site, choices in table.items()}

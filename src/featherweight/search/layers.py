@@ -11,7 +11,6 @@ from featherweight.search.effects import modelled_latency_ms
 from featherweight.search.prepare import Ground
 from featherweight.search.problem import Problem
 from featherweight.techniques import _units
-from featherweight.techniques._protocol import INTEGER_TECHNIQUES
 
 
 def rows(problem: Problem, plan: Plan, ground: Ground | None) -> tuple[dict[str, Any], ...]:
@@ -28,7 +27,7 @@ def rows(problem: Problem, plan: Plan, ground: Ground | None) -> tuple[dict[str,
         decision = chosen.get(site.name)
         node = names.get(site.nodes[0]) if site.nodes else None
         work = sum(macs.get(n, 0) or 0 for n in site.nodes)
-        integer = decision is not None and any(a.technique in INTEGER_TECHNIQUES for a in decision.actions)
+        integer = decision is not None and any(problem.techniques[a.technique].integer for a in decision.actions)
         effect = next((c.effect for c in ground.effects.table[site.name] if c.decision == decision), None)
         places = {site.name, *site.nodes}
         noted = "; ".join(t for p, t in why if p in places)

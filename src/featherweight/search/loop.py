@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from featherweight.core import Attempt, Budget, Decision, Measurement, Objective, Plan
-from featherweight.search.solve import Choice, Dimension, Table, solve
+from featherweight.search.solve import Dimension, Table, solve
 
 # A limit on the drop is aimed at with this share of it, so that the holdout, which the search never sees, has room.
 HEADROOM = 0.8
@@ -319,13 +319,3 @@ def pareto(attempts: list[Attempt]) -> tuple[Attempt, ...]:
         )
     ]
     return tuple(a for a, _ in sorted(front, key=lambda item: item[1]))
-
-
-def with_base_decision(table: Mapping[str, list[Choice]]) -> Table:
-    """The table with every site's `keep` first: doing nothing is always allowed."""
-    from featherweight.core import Effect
-
-    return {
-        site: [Choice(Decision(site), Effect()), *(c for c in choices if not c.decision.keeps)]
-        for site, choices in table.items()
-    }

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from featherweight.core import Action, Attempt, Budget, Plan
+from featherweight.core import Action, Attempt, Budget, Decision
 from featherweight.graph import cost
 from featherweight.search import bounds
 from featherweight.search.baseline import Baseline, base, interface
@@ -18,7 +18,7 @@ from featherweight.search.measured import measure_plan
 from featherweight.search.prepare import Ground, context, statistics, survey
 from featherweight.search.problem import Problem, first_feeds
 from featherweight.search.solve import Choice
-from featherweight.techniques._protocol import INTEGER_TECHNIQUES
+from featherweight.techniques import integer_names
 
 # Output noise that costs about one unit of drop, as a first guess; the loop corrects it by measuring.
 LOSS_PER_DROP = 3.0
@@ -52,7 +52,14 @@ def fit(problem: Problem, known: Baseline, *, first_is_enough: bool) -> Found:
         [bounds.size_bound(problem.budget, ground.effects.table, ground.sites, start.size_bytes)]
     )
     if found.refusal is None:
-        _run(problem, known, found, _usable(ground), first_cap=_first_cap(problem.budget), enough=first_is_enough)
+        _run(
+            problem,
+            known,
+            found,
+            _usable(problem, ground),
+            first_cap=_first_cap(problem.budget),
+            enough=first_is_enough,
+        )
     return found
 
 
@@ -67,14 +74,14 @@ def plain_int8(problem: Problem, known: Baseline, *, first_is_enough: bool) -> F
             return found
     if found.best is None:
         found.ground = survey(problem, ctx, with_gains=True, admit=stores_eight_bits)
-        table = _usable(found.ground)
+        table = _usable(problem, found.ground)
         worst = propose(_state(problem, known, found, table))
         cap = NO_CAP if worst is None else max(worst.predicted.loss / 3, 1e-8)
         _run(problem, known, found, table, first_cap=cap, enough=first_is_enough)
     if found.best is not None and found.best.measured is not None and not found.interrupted:
         ratio = found.best.measured.latency_ratio
-        if ratio is not None and ratio >= 1 and _uses_integers(found.best.plan):
-            table = without(_usable(found.ground), INTEGER_TECHNIQUES)
+        if ratio is not None and ratio >= 1 and _used(found.best.plan.decisions) & _integers(problem):
+            table = without(_usable(problem, found.ground), _integers(problem))
             _run(problem, known, found, table, first_cap=NO_CAP, enough=first_is_enough, candidates=1)
     return found
 
@@ -93,7 +100,7 @@ def fronts(problem: Problem, known: Baseline, points: int) -> Found:
         share = i / max(points - 1, 1)
         limit = math.ceil(1.02 * least * (0.6 * start.size_bytes / least) ** share)
         budget = Budget(max_size_bytes=limit, minimize="drop")
-        state = _state(problem, known, found, _usable(ground), budget=budget, candidates=2)
+        state = _state(problem, known, found, _usable(problem, ground), budget=budget, candidates=2)
         search(state, first_loss_cap=NO_CAP)
         found.attempts.extend(a for a in state.attempts if a not in found.attempts)
         found.interrupted = state.interrupted
@@ -103,8 +110,12 @@ def fronts(problem: Problem, known: Baseline, points: int) -> Found:
     return found
 
 
-def _usable(ground: Ground) -> dict[str, list[Choice]]:
-    return usable(ground.effects.table, ground.sites, ground.ctx.fragile)
+def _usable(problem: Problem, ground: Ground) -> dict[str, list[Choice]]:
+    return usable(ground.effects.table, ground.sites, ground.ctx.fragile, _integers(problem))
+
+
+def _integers(problem: Problem) -> frozenset[str]:
+    return integer_names(problem.techniques.values())
 
 
 def _refused_at_once(problem: Problem, known: Baseline) -> str | None:
@@ -172,25 +183,23 @@ def _run(
 
 def _variants(problem: Problem, ground: Ground) -> list[dict[str, list[Choice]]]:
     """The 8-bit tables worth measuring: the solver's own choice, and each integer technique alone where contested."""
-    table = _usable(ground)
+    table = _usable(problem, ground)
     macs = problem.facts.get("macs", {})
 
     def work(site: str) -> float:
         return float(sum(macs.get(n, 0) or 0 for n in ground.sites[site].nodes))
 
-    contested = [s for s, cs in table.items() if len(_integer(cs)) > 1]
+    integers = _integers(problem)
+    contested = [s for s, cs in table.items() if len(_used(c.decision for c in cs) & integers) > 1]
     share = sum(map(work, contested)) / max(sum(map(work, table)), 1.0)
     if share < CONTESTED_SHARE:
         return [table]
-    return [without(table, {t}) for t in sorted(INTEGER_TECHNIQUES)]
+    return [without(table, {t}) for t in sorted(integers)]
 
 
-def _integer(choices: Sequence[Choice]) -> set[str]:
-    return {a.technique for c in choices for a in c.decision.actions} & INTEGER_TECHNIQUES
-
-
-def _uses_integers(plan: Plan) -> bool:
-    return any(a.technique in INTEGER_TECHNIQUES for d in plan.decisions for a in d.actions)
+def _used(decisions: Iterable[Decision]) -> set[str]:
+    """Names of the techniques in the decisions."""
+    return {a.technique for d in decisions for a in d.actions}
 
 
 def _worth(problem: Problem) -> Callable[[Action], bool]:
@@ -227,9 +236,4 @@ def without(table: Mapping[str, Sequence[Choice]], names: frozenset[str] | set[s
     }
 
 
-def keep_everything(ground: Ground) -> Plan:
-    """The plan that changes nothing."""
-    return dataclasses.replace(Plan(()), decisions=tuple(cs[0].decision for cs in ground.effects.table.values()))
-
-
-__all__ = ["Found", "fit", "fronts", "keep_everything", "plain_int8", "stores_eight_bits", "without"]
+__all__ = ["Found", "fit", "fronts", "plain_int8", "stores_eight_bits", "without"]

@@ -155,7 +155,7 @@ class Statistics:
 
 
 def packed(second: F64) -> npt.NDArray[np.float32]:
-    """(groups, k, k) symmetric -> (groups, k (k + 1) / 2) float32, the upper triangle; a diagonal (groups, k) as it is."""
+    """(groups, k, k) symmetric -> upper triangle (groups, k (k + 1) / 2) float32; a diagonal (groups, k) as it is."""
     if second.ndim == 2:
         return second.astype(np.float32)
     rows, columns = np.triu_indices(second.shape[-1])

@@ -17,11 +17,20 @@ from types import ModuleType
 from featherweight.core import STAGES
 from featherweight.errors import TechniqueError
 from featherweight.techniques._plain import quantize_model
-from featherweight.techniques._protocol import Context, Estimate, Technique
+from featherweight.techniques._protocol import Context, Estimate, Technique, integer_names
 
 ENTRY_POINT_GROUP = "featherweight.techniques"
 
-__all__ = ["ENTRY_POINT_GROUP", "Context", "Estimate", "Technique", "all_techniques", "get", "quantize_model"]
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "Context",
+    "Estimate",
+    "Technique",
+    "all_techniques",
+    "get",
+    "integer_names",
+    "quantize_model",
+]
 
 
 def checked(module: ModuleType, name: str) -> Technique:
@@ -30,7 +39,7 @@ def checked(module: ModuleType, name: str) -> Technique:
     if technique is None:
         raise TechniqueError(f"technique file {module.__name__!r} must end with TECHNIQUE = Class(), but has none")
     if not isinstance(technique, Technique):
-        wanted = ("name", "stage", "sites", "options", "estimate", "apply", "finish")
+        wanted = ("name", "stage", "integer", "sites", "options", "estimate", "apply", "finish")
         lacks = [m for m in wanted if not hasattr(technique, m)]
         raise TechniqueError(f"technique {module.__name__!r} must follow the protocol, but it lacks {lacks}")
     if technique.name != name:

@@ -217,7 +217,7 @@ def quantize(
     _check_grid(bits, block)
     check(W, C)
     g, _, k = W.shape
-    unit = _power_of_two(W)
+    unit = power_of_two(W)
     Wt = np.ascontiguousarray(W.transpose(0, 2, 1) / unit, dtype=np.float32)
     C, level = levelled(C)
     importance = importance_of(C, g, k)
@@ -354,7 +354,7 @@ def _check_grid(bits: int, block: int) -> None:
         raise TechniqueError(f"block must be >= 0 (0: one scale a row), but got {block}")
 
 
-def _power_of_two(W: F32) -> np.float32:
+def power_of_two(W: F32) -> np.float32:
     """At most the largest magnitude. Dividing by it is exact, and keeps squares of any weight in float32."""
     return np.float32(2.0 ** np.clip(np.floor(np.log2(max(float(np.abs(W).max()), 1e-30))), -100, 100))
 

@@ -17,10 +17,6 @@ if TYPE_CHECKING:
     from featherweight.stats import Statistics
 
 
-# Techniques whose nodes multiply integers (the rest only store weights in fewer bits).
-INTEGER_TECHNIQUES = frozenset({"static_int8", "dynamic_int8"})
-
-
 LISTED = "weights of the model being estimated"
 
 
@@ -43,9 +39,9 @@ class Context:
     notes: list[Note] = field(default_factory=list)
     cache: dict[Any, Any] = field(default_factory=dict)
 
-    def for_technique(self, name: str) -> Context:
+    def for_technique(self, technique: Technique) -> Context:
         """The context a technique should see: for those that compute in integers, fragile nodes stay in float."""
-        if name not in INTEGER_TECHNIQUES or not self.fragile:
+        if not technique.integer or not self.fragile:
             return self
         return dataclasses.replace(self, keep_float=self.keep_float | self.fragile)
 
@@ -84,10 +80,14 @@ class Estimate:
 
 @runtime_checkable
 class Technique(Protocol):
-    """A way to make a model cheaper. One file `techniques/<name>.py` ends with `TECHNIQUE = Class()`."""
+    """A way to make a model cheaper. One file `techniques/<name>.py` ends with `TECHNIQUE = Class()`.
+
+    `integer`: its nodes multiply integers; otherwise it only stores weights in fewer bits, computed in float.
+    """
 
     name: ClassVar[str]
     stage: ClassVar[Stage]
+    integer: ClassVar[bool]
 
     def sites(self, model: ir.Model) -> Iterable[Site]:
         """Places where this technique could act, in topological order of first use."""
@@ -112,3 +112,8 @@ class Technique(Protocol):
     def finish(self, model: ir.Model, ctx: Context) -> None:
         """Called once after all sites of the technique were applied: glue nodes, bias correction."""
         ...
+
+
+def integer_names(techniques: Iterable[Technique]) -> frozenset[str]:
+    """Names of those that compute in integers."""
+    return frozenset(t.name for t in techniques if t.integer)

@@ -36,6 +36,7 @@ class DynamicInt8:
 
     name: ClassVar[str] = "dynamic_int8"
     stage: ClassVar[Stage] = "numeric"
+    integer: ClassVar[bool] = True
 
     def sites(self, model: ir.Model) -> Iterator[Site]:
         """Weights of MatMul and Gemm."""

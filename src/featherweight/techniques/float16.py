@@ -33,6 +33,7 @@ class Float16:
 
     name: ClassVar[str] = "float16"
     stage: ClassVar[Stage] = "numeric"
+    integer: ClassVar[bool] = False
 
     def sites(self, model: ir.Model) -> Iterator[Site]:
         """Every stored float32 weight."""

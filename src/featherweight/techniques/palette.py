@@ -36,6 +36,7 @@ class Palette:
 
     name: ClassVar[str] = "palette"
     stage: ClassVar[Stage] = "numeric"
+    integer: ClassVar[bool] = False
 
     def sites(self, model: ir.Model) -> Iterator[Site]:
         """Every weight that is worth encoding."""

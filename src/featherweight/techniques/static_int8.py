@@ -20,7 +20,7 @@ from featherweight.errors import TechniqueError
 from featherweight.graph import encode, surgery
 from featherweight.graph import weights as graph_weights
 from featherweight.techniques import _islands, _kernels, _noise, _qdq, _ranges, _scales, _units
-from featherweight.techniques._gptq import quantize, quantize_matrix
+from featherweight.techniques._gptq import power_of_two, quantize, quantize_matrix
 from featherweight.techniques._protocol import Context, Estimate, Technique
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ F32 = npt.NDArray[np.float32]
 BITS = (8, 7, 6, 5, 4, 3, 2)
 #: A bias of the estimated input scale must leave this much of int32, as the final scale may be finer.
 BIAS_HEADROOM = 8
+#: Sums of squares of weights are held below this, so that adding some up stays in float32.
+LARGEST_ENERGY = 1e30
 
 
 class StaticInt8:
@@ -37,6 +39,7 @@ class StaticInt8:
 
     name: ClassVar[str] = "static_int8"
     stage: ClassVar[Stage] = "numeric"
+    integer: ClassVar[bool] = True
 
     def sites(self, model: ir.Model) -> Iterator[Site]:
         """Weights of Conv, Gemm and MatMul nodes of the main graph."""
@@ -196,7 +199,9 @@ def _remember(weight: Weight, codes: npt.NDArray[np.int8], scale: F32, ctx: Cont
         shift = np.einsum("gok,gk->go", (matrix - rounded).astype(np.float64), mean).ravel().astype(np.float32)
     positions = int(np.prod(weight.shape[2:], dtype=np.int64)) if weight.main_use.role == "conv" else 1
     g, out, k = rounded.shape
-    energy = np.square(matrix).reshape(g, out, k // positions, positions).sum(axis=(1, 3))
+    unit = power_of_two(matrix)
+    squares = np.square(matrix / unit).reshape(g, out, k // positions, positions).sum(axis=(1, 3))
+    energy = np.minimum(squares * float(unit) ** 2, LARGEST_ENERGY).astype(np.float32)
     for use in weight.uses:
         ctx.cache["static_int8", "unit", use.node.name] = (shift, energy.ravel())
 

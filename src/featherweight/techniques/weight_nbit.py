@@ -38,6 +38,7 @@ class WeightNbit:
 
     name: ClassVar[str] = "weight_nbit"
     stage: ClassVar[Stage] = "numeric"
+    integer: ClassVar[bool] = False
 
     def sites(self, model: ir.Model) -> Iterator[Site]:
         """Every weight that is worth encoding."""
@@ -66,15 +67,16 @@ class WeightNbit:
         weight = ctx.weight(model, site.name)
         bits, block, nbits = _params(action, weight)
         facts = profile(weight, ctx)
-        rows = np.ascontiguousarray(facts.rows.transpose(0, 2, 1))
+        unit = _gptq.power_of_two(facts.rows)
+        rows = np.ascontiguousarray(facts.rows.transpose(0, 2, 1) / unit)
         grid = _scales.first_grid(rows, facts.importance, bits=bits, block=block)
-        half = _place.half_scale(grid.scale, bits)
+        half = _place.half_scale(grid.scale * unit, bits)
         size = _place.encoded_bytes(weight, bits, block, nbits=nbits, half=half) + facts.added_bytes
         if facts.signal <= 0:
             return Estimate(size, 0.0)
         E = _rounding_error(rows, grid)
         error = np.einsum("gk,gko,gko->go", facts.importance, E, E, dtype=np.float64)
-        noise = float((error * facts.row_weight * facts.left[:, None]).sum()) / facts.signal
+        noise = float((error * facts.row_weight * facts.left[:, None]).sum()) * float(unit) ** 2 / facts.signal
         return Estimate(size, noise + (NBITS_ACTIVATION_NOISE if nbits else 0.0))
 
     def apply(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> tuple[Site, ...]:

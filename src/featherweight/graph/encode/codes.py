@@ -12,9 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
-from featherweight.graph.encode.layout import Form, Layout, digits
+from featherweight.graph.encode.layout import Layout, digits
 from featherweight.graph.encode.sink import INT4, INT8, INT32, UINT4, UINT8, H, Sink, cast
 
 Array = np.ndarray[Any, Any]
@@ -98,11 +97,6 @@ def trim(sink: Sink[H], value: H, stored: int, shape: tuple[int, ...]) -> H:
     flat = sink.op("Reshape", value, sink.fixed(np.array([-1], np.int64)))
     cut = sink.op("Slice", flat, sink.fixed(np.array([0], np.int64)), sink.fixed(np.array([n], np.int64)))
     return cut if len(shape) == 1 else sink.op("Reshape", cut, sink.fixed(np.array(shape, np.int64)))
-
-
-def stored_type(form: Form, *, signed: bool) -> ir.DataType:
-    """Tensor type of `codes` for the forms that have one."""
-    return (INT8 if signed else UINT8) if form == "int8" else (INT4 if signed else UINT4)
 
 
 def pack(codes: Array, layout: Layout) -> dict[str, Array]:
