@@ -317,13 +317,3 @@ def _length(batches: Any) -> int:
     if known is None and hasattr(batches, "__len__"):
         known = len(batches)
     return int(known or 0)
-
-
-def identical(evaluation: Evaluation, metric: Metric) -> Evaluation:
-    """What the original scores against itself under a metric of agreement: the baseline of its paired tests."""
-    if metric.perfect is None or evaluation.per_sample is None:
-        raise DataError(f"only metrics of agreement have a perfect value, but {metric.name} is not one")
-    per_sample = np.full_like(evaluation.per_sample, metric.perfect)
-    if metric.name == "sqnr":
-        per_sample = evaluation.per_sample * np.array([1.0, 0.0])
-    return replace(evaluation, value=metric.perfect, per_sample=per_sample)
