@@ -19,7 +19,7 @@ from featherweight.core import Action, Site, Stage
 from featherweight.errors import TechniqueError
 from featherweight.graph import encode, surgery
 from featherweight.graph import weights as graph_weights
-from featherweight.techniques import _islands, _kernels, _noise, _qdq, _ranges, _scales, _units
+from featherweight.techniques import _guard, _islands, _kernels, _noise, _qdq, _ranges, _scales, _units
 from featherweight.techniques._gptq import power_of_two, quantize, quantize_matrix
 from featherweight.techniques._protocol import Context, Estimate, Technique
 
@@ -100,6 +100,7 @@ class StaticInt8:
         for note in _qdq.write(model, islands, grids, shifts):
             ctx.note(note.where, note.text)
         surgery.remove_unused(model)
+        _guard.guard(model)
 
 
 def weight_codes(
@@ -201,7 +202,7 @@ def _remember(weight: Weight, codes: npt.NDArray[np.int8], scale: F32, ctx: Cont
     g, out, k = rounded.shape
     unit = power_of_two(matrix)
     squares = np.square(matrix / unit).reshape(g, out, k // positions, positions).sum(axis=(1, 3))
-    energy = np.minimum(squares * float(unit) ** 2, LARGEST_ENERGY).astype(np.float32)
+    energy = np.minimum(squares.astype(np.float64) * float(unit) ** 2, LARGEST_ENERGY).astype(np.float32)
     for use in weight.uses:
         ctx.cache["static_int8", "unit", use.node.name] = (shift, energy.ravel())
 
