@@ -17,7 +17,7 @@ CHANNELS = 8
 
 
 def three_layers(*, seed: int = 0) -> ir.Model:
-    """1x1 Conv, Clip, depthwise Conv, Clip, 1x1 Conv; the depthwise kernel of a dead channel is a thousand times larger.
+    """1x1 Conv, Clip, depthwise Conv, Clip, 1x1 Conv; the depthwise kernel of a dead channel is 1000 times larger.
 
     With one scale for the whole depthwise weight all its other channels would be rounded to zero.
     """
