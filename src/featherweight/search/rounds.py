@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from featherweight.core import Action, Attempt, Budget, Decision
 from featherweight.graph import cost
+from featherweight.quantities import format_bytes
 from featherweight.search import bounds
 from featherweight.search.baseline import Baseline, base, interface
 from featherweight.search.effects import Effects
@@ -88,8 +89,8 @@ def plain_int8(problem: Problem, known: Baseline, *, first_is_enough: bool) -> F
 
 def fronts(problem: Problem, known: Baseline, points: int) -> Found:
     """Measure the most accurate plan at `points` sizes between the smallest reachable and the original's."""
-    if problem.request.max_drop is None:
-        problem.budget = dataclasses.replace(problem.budget, max_drop=None)
+    drop = None if problem.request.max_drop is None else problem.budget.max_drop
+    problem.budget = dataclasses.replace(problem.budget, max_drop=drop, minimize="drop")
     ground = survey(problem, context(problem, statistics(problem)), with_gains=True, admit=_worth(problem))
     find_fragile(problem, ground.ctx, ground.effects.table, ground.sites)
     found = Found(ground)
@@ -126,7 +127,7 @@ def _refused_at_once(problem: Problem, known: Baseline) -> str | None:
         weights = cost.costs(problem.model, input_shapes=_shapes(problem)).weight_bytes
         whole = base(problem, known).size_bytes
         least = max(whole - weights, 0) + weights // 32
-        binding = f"one bit for each weight and {max(whole - weights, 0)} B of graph"
+        binding = f"one bit for each weight and {format_bytes(max(whole - weights, 0))} of graph"
         proofs.append(bounds.Bound("size", least, problem.budget.max_size_bytes, binding))
     return bounds.refusal(proofs)
 
@@ -176,7 +177,8 @@ def _run(
     if enough:
         good = lambda a: a.measured is not None and within(problem.budget, a.measured)  # noqa: E731
     search(state, first_loss_cap=first_cap, enough=good)
-    found.attempts.extend(state.attempts)
+    known_before = {a.index for a in found.attempts}
+    found.attempts.extend(a for a in state.attempts if a.index not in known_before)
     found.best, found.stop_reason = state.best, state.stop_reason
     found.interrupted = found.interrupted or state.interrupted
 
