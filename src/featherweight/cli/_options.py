@@ -98,10 +98,8 @@ machine_options = _all(
         "--target",
         "profile",
         metavar="this|portable|FILE",
-        default="this",
-        show_default=True,
         section="Target",
-        help="The device: this machine, a model that is right on any CPU, or a profile file.",
+        help="The device. Default: measured here, integer weights right on any CPU. this: trust this CPU's kernels.",
     ),
     threads_option,
 )

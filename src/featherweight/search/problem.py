@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -115,22 +116,25 @@ def open_problem(request: Request, out: Path, worker: Worker, shown: Progress, *
     sources = _open_sources(request, inputs)
     out.mkdir(parents=True, exist_ok=True)
     journal = Journal(out / "journal.sqlite", request.asked(sha), resume=resume)
-    fresh = not journal.finished("opened")
     try:
         chosen = {n: known[n] for n in names}
         problem = _opened(request, model, budget, profile, chosen, sources, inputs, journal, worker, progress, work)
     except Exception:
-        journal.close()
-        if fresh:  # a refused request leaves no run behind, so that the corrected one may use the folder
-            _forget(out)
+        forget_refused(journal, out)
         raise
-    journal.phase("opened", lambda: True)
     problem.original_bytes, problem.started = original_bytes, started
     return problem
 
 
-def _forget(out: Path) -> None:
-    """Remove what opening a run made in its folder, and the folder if it is empty then."""
+def forget_refused(journal: Journal, out: Path) -> None:
+    """Close the run; where not even the original could be measured, leave nothing, so that a corrected one may follow.
+
+    Removes what opening made in the run folder, and the folder if it is empty then.
+    """
+    refused = not journal.finished("baseline")
+    journal.close()
+    if not refused:
+        return
     shutil.rmtree(out / "work", ignore_errors=True)
     for file in out.glob("journal.sqlite*"):
         file.unlink(missing_ok=True)
@@ -228,7 +232,15 @@ def child_runner(worker: Worker, work: Path) -> Any:
 
 
 def _profile(request: Request) -> Profile:
-    if request.profile in (None, "this"):
+    """The target. By default: measured here, but with integer weights that are right on any CPU.
+
+    Weights that fit kernels without a dot product cost next to no accuracy, and the file gives the same answers
+    wherever it is taken; "this" trusts this machine's kernels.
+    """
+    if request.profile is None:
+        here = targets.this_machine()
+        return dataclasses.replace(here, name=f"any CPU, measured on {here.name}", int8_dot=False)
+    if request.profile == "this":
         return targets.this_machine()
     return targets.load_profile(request.profile)
 
