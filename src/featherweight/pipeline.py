@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.core import Progress, Report, Silent
-from featherweight.errors import OutputError
+from featherweight.errors import FeatherweightError, OutputError
 from featherweight.runtime.sandbox import Worker
 from featherweight.search import finish
 from featherweight.search.baseline import already_fits, measure_baseline
 from featherweight.search.comparing import Comparison, compare
-from featherweight.search.problem import Problem, open_problem
+from featherweight.search.problem import Problem, forget_refused, open_problem
 from featherweight.search.replay import apply
 from featherweight.search.request import Request
 from featherweight.search.rounds import fit, fronts, plain_int8
@@ -120,6 +120,9 @@ def _opened(request: Request, resume: bool, progress: Progress | None) -> Iterat
         problem = open_problem(request, out, worker, progress or Silent(), resume=resume)
         try:
             yield problem
+        except FeatherweightError:
+            forget_refused(problem.journal, out)
+            raise
         finally:
             problem.journal.close()
 

@@ -217,3 +217,9 @@ def test_two_models_of_different_inputs_are_not_compared(model, data, tmp_path):
     onnx.save(other, tmp_path / "other.onnx")
     with pytest.raises(fw.ModelError, match=r"same inputs to be compared, but got \['x'\] and \['image'\]"):
         fw.compare(model, tmp_path / "other.onnx", data)
+
+
+def test_a_request_refused_at_the_baseline_leaves_the_folder_free(model, data, tmp_path):
+    with pytest.raises(fw.FeatherweightError, match="metric must be one of"):
+        fw.compress(model, data, metric="acuracy", out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
+from rich.text import Text
 
 from featherweight.core import Budget, Measurement, Note, Plan, Report
 from featherweight.report import comparison, layers, text, wording
@@ -144,3 +145,22 @@ def test_cut_names_stay_different_where_they_can() -> None:
         grid.add(f"/features/block.{i}/depthwise/with/a/long/tail/Conv")
     shown = to_text([grid], width=30).splitlines()[2:]
     assert len(set(shown)) == 10
+
+
+def test_what_was_not_asked_is_said_to_be_the_default(report: Report) -> None:
+    limited = dataclasses.replace(report, budget=Budget(max_drop=0.01, minimize="latency"))
+    nothing = dataclasses.replace(limited, facts={"asked": {"goal": "plain-int8", "max_drop": False}})
+    assert wording.asked_words(nothing).startswith(
+        "nothing in particular; so a fast 8-bit model with a drop of at most 1"
+    )
+    half = dataclasses.replace(limited, facts={"asked": {"goal": "minimize", "max_drop": False}})
+    assert wording.asked_words(half).endswith("the limit on the drop is the default")
+    assert "default" not in wording.asked_words(limited)
+
+
+def test_a_path_is_never_broken_and_equal_reasons_are_said_once(report: Report) -> None:
+    path = "/a/very long/" + "folder/" * 20 + "model.onnx: 1.23 kB"
+    assert to_text([Text(path, no_wrap=True)], width=40) == path + "\n"
+    rows = tuple({**row, "int8": False, "why": "integers do not pay here"} for row in report.layers[:3])
+    shown = to_text(text.layer_parts(dataclasses.replace(report, layers=rows), everything=True), width=120)
+    assert shown.count("integers do not pay here") == 1

@@ -116,7 +116,7 @@ def test_time_budget_ends_the_loop_and_says_so():
     state = State(table(), Budget(max_drop=0.01), BASE, world, lambda: len(world.plans) >= 1, 12)
     search(state, first_loss_cap=0.02)
     assert len(state.attempts) == 1
-    assert state.stop_reason == "the time budget is used up"
+    assert state.stop_reason == "the search ended when its time was used up"
 
 
 def attempt(i: int, size: int, drop: float | None, ratio: float = 1.0) -> Attempt:

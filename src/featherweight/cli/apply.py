@@ -24,10 +24,11 @@ def command(model: Path, plan: Path, *, statistics: Path | None, out: Path) -> O
     \b
     featherweight apply lite0.onnx run/plan.json -o again.onnx
     """
+    from featherweight.graph import io
     from featherweight.pipeline import apply
 
     written = Path(apply(model, plan, out=out, statistics=statistics))
-    size = written.stat().st_size
+    size = io.size_bytes(written)
 
     def as_json() -> str:
         from featherweight.report.json import document
@@ -35,8 +36,10 @@ def command(model: Path, plan: Path, *, statistics: Path | None, out: Path) -> O
         return document("applied", {"path": written, "size_bytes": size})
 
     def parts() -> list[Any]:
+        from rich.text import Text
+
         from featherweight.quantities import format_bytes
 
-        return [f"{written}: {format_bytes(size)}"]
+        return [Text(f"{written}: {format_bytes(size)}", no_wrap=True)]
 
     return Output(as_json, parts)

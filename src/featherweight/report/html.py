@@ -67,7 +67,7 @@ def _head(report: Report) -> str:
         f'<div class="change">{html.escape(change)}</div></div>'
         for what, value, change in cards
     )
-    asked = wording.budget_words(report.budget, r.metric_name)
+    asked = wording.asked_words(report)
     return (
         f'<header><span class="outcome {css}">{html.escape(wording.outcome_word(report))}</span>'
         f"<p>{html.escape(report.reason)}</p><p class='dim'>asked: {html.escape(asked)}</p></header>"

@@ -35,7 +35,7 @@ def to_text(parts: Iterable[RenderableType], *, width: int = 80) -> str:
         file=file, width=width, highlight=False, markup=False, emoji=False, color_system=None, legacy_windows=False
     )
     for part in parts:
-        out.print(part)
+        out.print(part, soft_wrap=_whole(part))
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
 
 
@@ -48,7 +48,12 @@ def show(parts: Iterable[RenderableType]) -> None:
         sys.stdout.write(to_text(parts, width=out.width))
         return
     for part in parts:
-        out.print(part)
+        out.print(part, soft_wrap=_whole(part))
+
+
+def _whole(part: RenderableType) -> bool:
+    """True for a line that must not be broken, such as a path to be copied: the terminal may, we do not."""
+    return isinstance(part, Text) and bool(part.no_wrap)
 
 
 def heading(text: str, detail: str = "") -> Text:

@@ -22,6 +22,7 @@ from featherweight.report import wording
 from featherweight.report.terminal import Column, Grid, bullets, heading, indented, lines, to_text
 
 MOST_ATTEMPTS = 8
+MOST_REASONS = 8
 NAMES = ("original", "result")
 ANSWER_STYLES = {"yes": "bold green", "no, proved": "bold red", "not found": "bold yellow"}
 
@@ -49,7 +50,7 @@ def outcome_parts(report: Report, *, asked: bool = True) -> list[RenderableType]
     first = Text(wording.outcome_word(report), style=style)
     if report.result != report.baseline:
         first.append_text(Text("  ").append(wording.headline(report.baseline, report.result), style="bold"))
-    words = f"asked: {wording.budget_words(report.budget, report.result.metric_name)}"
+    words = f"asked: {wording.asked_words(report)}"
     reason = lines([report.reason]) if report.reason else []
     return [first, *reason, *(lines([words], "dim") if asked else [])]
 
@@ -102,8 +103,9 @@ def layer_parts(report: Report, *, everything: bool) -> list[RenderableType]:
     if hidden:
         parts += [indented(decision_table(layer_rows.by_decision(all_layers))), Text("")]
     total = layer_rows.summed(all_layers, "total")
-    reasons = [f"{layer.name}: {layer.why}" for layer in shown if layer.why and layer.count == 1]
-    return [*parts, indented(layer_table(shown, total)), *lines(reasons[:MOST_ATTEMPTS], "dim")]
+    reasons = wording.note_groups(Note(layer.name, layer.why) for layer in shown if layer.why and layer.count == 1)
+    words = [Text(f"{wording.places_words(g.places)}: {g.text}", style="dim") for g in reasons[:MOST_REASONS]]
+    return [*parts, indented(layer_table(shown, total)), *([bullets(words)] if words else [])]
 
 
 def decision_table(groups: Sequence[layer_rows.Layer]) -> Grid:
@@ -169,7 +171,8 @@ def attempt_parts(attempts: Sequence[Attempt], budget: Budget, *, everything: bo
     if not attempts:
         return []
     shown = attempts if everything else attempts[-MOST_ATTEMPTS:]
-    detail = f"{len(attempts)} built and measured" + (f", the last {len(shown)}" if len(shown) < len(attempts) else "")
+    last = f", the last {len(shown)}" if len(shown) < len(attempts) else ""
+    detail = f"{len(attempts)} built and measured on validation data{last}"
     errors = wording.note_groups(Note(f"attempt {a.index}", a.error) for a in attempts if a.error)
     failed = [Text.assemble((wording.places_words(g.places), "red"), f": {g.text}") for g in errors]
     parts: list[RenderableType] = [heading("Attempts", detail), indented(attempt_table(shown, budget))]

@@ -14,6 +14,7 @@ from featherweight.core import Attempt, Budget, Measurement, Note, Plan, Report
 from featherweight.quantities import (
     format_bytes,
     format_drop,
+    format_duration,
     format_metric,
     format_ms,
     format_p_value,
@@ -119,7 +120,7 @@ def _metric_rows(original: Measurement, result: Measurement, b: Budget) -> list[
 
 def _latency_rows(original: Measurement, result: Measurement, b: Budget) -> list[Row]:
     """Median with its limits, then p95; the ratio is the interleaved one, not the quotient of the medians."""
-    if result.latency_ms is None and result.latency_ratio is None:
+    if result.latency_ms is None:
         if b.max_latency_ms is None and b.max_latency_ratio is None:
             return []
         return [Row("latency", format_ms(original.latency_ms), "-", "not measured", _latency_limit(b), False)]
@@ -204,6 +205,17 @@ def headline(original: Measurement, result: Measurement) -> str:
     return ", ".join(p for p in parts if p)
 
 
+def asked_words(report: Report) -> str:
+    """What was asked, and what was taken by default where nothing was."""
+    name = report.result.metric_name
+    asked: Mapping[str, Any] = report.facts.get("asked", {})
+    limit = report.budget.max_drop
+    if asked.get("goal") == "plain-int8" and limit is not None:
+        return f"nothing in particular; so a fast 8-bit model with a drop of at most {format_drop(limit, name)}"
+    by_default = limit is not None and asked.get("max_drop") is False
+    return budget_words(report.budget, name) + ("; the limit on the drop is the default" if by_default else "")
+
+
 def budget_words(budget: Budget, metric_name: str = "") -> str:
     """'size at most 5.00 MB, drop at most 1.00 points; smallest size wanted'."""
     limits = []
@@ -267,6 +279,8 @@ def fact_rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     for key, value in facts.items():
         if isinstance(value, bool):
             rows.append((key.replace("_", " "), "yes" if value else "no"))
+        elif key == "seconds":
+            rows.append(("took", format_duration(value)))
         elif isinstance(value, (int, float)) and key.endswith("_bytes"):
             rows.append((key.removesuffix("_bytes").replace("_", " "), format_bytes(value)))
         elif isinstance(value, (int, float)) and key.endswith("_ms"):

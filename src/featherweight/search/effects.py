@@ -56,6 +56,11 @@ def build_effects(
     owned = {t.name: {s.name for s in t.sites(model)} for t in techniques}
     for name, site in sites.items():
         choices = [Choice(Decision(name), Effect())]
+        table[name] = choices
+        progress.advance()
+        if ctx.keep_float.intersection(site.nodes):
+            ctx.note(name, "left as it is: you asked to keep it in float")
+            continue
         worthless: list[str] = []
         for technique in techniques:
             if name not in owned[technique.name]:
@@ -68,8 +73,6 @@ def build_effects(
                     choices.append(choice)
         if worthless and len(choices) == 1:
             refused.append(Note(name, f"no gain: none of {len(worthless)} options saves bytes, memory or time here"))
-        table[name] = choices
-        progress.advance()
     return Effects(table, tuple(refused))
 
 

@@ -76,10 +76,8 @@ def _say_what_is_uncertain(problem: Problem, drop: significance.Drop | None) -> 
     if drop is None or limit is None or drop.verdict(limit) != "undecided":
         return
     needed = significance.samples_needed(drop, limit)
-    more = f"about {needed} samples would settle it" if needed else "more samples are needed"
-    problem.note(
-        "holdout", f"{drop.n_samples} unseen samples leave open on which side of the limit the drop is; {more}"
-    )
+    more = f"about {float(f'{needed:.2g}'):,.0f} would settle it" if needed else "more are needed"
+    problem.note("holdout", f"{drop.n_samples} unseen samples leave open whether the drop is within its limit; {more}")
 
 
 def finish_untouched(problem: Problem, known: Baseline) -> Report:
@@ -132,6 +130,7 @@ def _report(
     problem.facts["phase_seconds"] = {k: round(v, 2) for k, v in problem.progress.seconds.items()}
     problem.facts["seconds"] = round(time.monotonic() - problem.started, 1)
     problem.facts["model"] = problem.original.name
+    problem.facts["asked"] = {"goal": problem.request.goal, "max_drop": problem.request.max_drop is not None}
     problem.facts["target"] = problem.profile.name
     facts = {k: v for k, v in problem.facts.items() if k != "macs"}
     report = Report(

@@ -68,9 +68,9 @@ class State:
     def exhausted(self) -> bool:
         """True if no further candidate may be tried; says why in `stop_reason`."""
         if self.attempts and self.out_of_time():
-            self.stop_reason = "the time budget is used up"
+            self.stop_reason = "the search ended when its time was used up"
         elif len(self.attempts) >= self.max_candidates:
-            self.stop_reason = f"{self.max_candidates} candidates were measured"
+            self.stop_reason = f"the search ended after the {self.max_candidates} candidates it may measure"
         return bool(self.stop_reason)
 
 
@@ -192,7 +192,7 @@ def _least_cost(state: State, loss_cap: float, enough: Callable[[Attempt], bool]
             met = loss_cap  # too little loss allowed for the other limits: as if met, so that the cap rises
         elif plan.decisions in seen:
             if missed / max(met, 1e-12) < 4:
-                state.stop_reason = "no untried plan lies between what meets the limits and what does not"
+                state.stop_reason = "nothing untried is left between the best plan and those that lose too much"
                 return
             met, missed = _unchanged(state, plan, met, missed, loss_cap)
         else:
@@ -205,7 +205,7 @@ def _least_cost(state: State, loss_cap: float, enough: Callable[[Attempt], bool]
             met, missed = (max(met, loss_cap), missed) if ok else (met, min(missed, loss_cap))
         loss_cap = _next_cap(state, met, missed, loss_cap)
         if not 1e-9 < loss_cap < 30 or missed / max(met, 1e-12) < SMALLEST_STEP:
-            state.stop_reason = "the largest loss that keeps the drop within its limit was found"
+            state.stop_reason = "the search closed in on the limit of the drop"
             return
 
 
@@ -262,7 +262,7 @@ def _least_drop(state: State, enough: Callable[[Attempt], bool] | None) -> None:
                 break
     if state.best is not None:
         state.best = _faster_of_equals(state, found) or state.best
-    state.stop_reason = state.stop_reason or "the plan of least predicted loss within the limits was built and measured"
+    state.stop_reason = state.stop_reason or "of all plans that fit, the one predicted to lose least was measured"
 
 
 def _faster_of_equals(state: State, found: list[Attempt]) -> Attempt | None:

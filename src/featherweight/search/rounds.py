@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 from featherweight.core import Action, Attempt, Budget, Decision
 from featherweight.graph import cost
-from featherweight.quantities import format_bytes
 from featherweight.search import bounds
 from featherweight.search.baseline import Baseline, base, interface
 from featherweight.search.effects import Effects
@@ -127,7 +126,7 @@ def _refused_at_once(problem: Problem, known: Baseline) -> str | None:
         weights = cost.costs(problem.model, input_shapes=_shapes(problem)).weight_bytes
         whole = base(problem, known).size_bytes
         least = max(whole - weights, 0) + weights // 32
-        binding = f"one bit for each weight and {format_bytes(max(whole - weights, 0))} of graph"
+        binding = f"one bit for each weight and {max(whole - weights, 0)} B of graph"
         proofs.append(bounds.Bound("size", least, problem.budget.max_size_bytes, binding))
     return bounds.refusal(proofs)
 
