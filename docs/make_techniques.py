@@ -24,8 +24,10 @@ def render() -> str:
     for name, technique in all_techniques().items():
         module = sys.modules[type(technique).__module__]
         first, _, rest = inspect.cleandoc(module.__doc__ or "").partition("\n")
+        computes = "computes in integers" if technique.integer else "computes in float"
         parts.append(
-            f"## {name}\n\nStage: {technique.stage}.\n\n{first}\n" + (f"\n{rest.strip()}\n" if rest.strip() else "")
+            f"## {name}\n\nStage: {technique.stage}; {computes}.\n\n{first}\n"
+            + (f"\n{rest.strip()}\n" if rest.strip() else "")
         )
     return "\n".join(parts)
 
