@@ -162,7 +162,10 @@ def _opened(
     splits = _spooled(sources, request, inputs, work, progress, notes)
     progress.start("normalising the graph")
     feeds = first_feeds(splits.calibration, NORMALISE_FEEDS)
-    normalised = normalise(model, run=child_runner(worker, work), feeds=feeds)
+    try:
+        normalised = normalise(model, run=child_runner(worker, work), feeds=feeds)
+    except RunError as e:
+        raise RunError(f"{request.model} does not run on the data: {e}") from e
     model_path = work / "normalised.onnx"
     io.save(normalised.model, model_path)
     problem = Problem(
