@@ -7,12 +7,14 @@ import time
 
 from featherweight.core import Answer, Measurement, Plan, Report
 from featherweight.graph import io
+from featherweight.quantities import format_drop
 from featherweight.runtime import significance
-from featherweight.search import layers, loop, replay
+from featherweight.search import front, layers, loop, replay
 from featherweight.search.baseline import Baseline
 from featherweight.search.measured import build_and_save, on_holdout
 from featherweight.search.prepare import context
 from featherweight.search.problem import Problem
+from featherweight.search.request import DEFAULT_MAX_DROP
 from featherweight.search.rounds import Found
 
 # What the original must be beaten by, in latency or in bytes, before it is given up: two runs of one file differ by
@@ -143,10 +145,14 @@ def _report(
 
 def finish_front(problem: Problem, known: Baseline, found: Found) -> Report:
     """A report of the measured front; the budget's answer is yes if any point was measured."""
-    front = loop.pareto(found.attempts)
-    best = front[0] if front else None
+    points = loop.pareto(found.attempts)
+    limit = DEFAULT_MAX_DROP if problem.budget.max_drop is None else problem.budget.max_drop
+    best = front.headline(points, limit)
     m = known.measurement
     result = best.measured if best and best.measured else m
-    reason = f"{len(front)} of {len(found.attempts)} measured candidates are on the front (validation data)"
-    answer: Answer = "yes" if front else "not found"
+    words = f"the smallest that loses at most {format_drop(limit, m.metric_name)}"
+    if result.drop is not None and result.drop > limit:
+        words = "the one that loses least"
+    reason = f"{len(points)} of {len(found.attempts)} measured candidates are on the front; {words} is named above"
+    answer: Answer = "yes" if points else "not found"
     return _report(problem, answer, "front", reason, best.plan if best else Plan(()), m, result, found)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from featherweight.core import Action, Attempt, Budget, Decision
 from featherweight.graph import cost
-from featherweight.search import bounds
+from featherweight.search import bounds, front
 from featherweight.search.baseline import Baseline, base, interface
 from featherweight.search.effects import Effects
 from featherweight.search.fragile import find_fragile, usable
@@ -87,21 +87,24 @@ def plain_int8(problem: Problem, known: Baseline, *, first_is_enough: bool) -> F
 
 
 def fronts(problem: Problem, known: Baseline, points: int) -> Found:
-    """Measure the most accurate plan at `points` sizes between the smallest reachable and the original's."""
+    """Measure the most accurate plan at `points` sizes between 8 and 2 bits a weight, most of them at the bend."""
     drop = None if problem.request.max_drop is None else problem.budget.max_drop
     problem.budget = dataclasses.replace(problem.budget, max_drop=drop, minimize="drop")
     ground = survey(problem, context(problem, statistics(problem)), with_gains=True, admit=_worth(problem))
     find_fragile(problem, ground.ctx, ground.effects.table, ground.sites)
     found = Found(ground)
     start = base(problem, known)
-    least = start.size_bytes + sum(min(c.effect.size_bytes for c in cs) for cs in ground.effects.table.values())
+    table = _usable(problem, ground)
+    ends = [front.size_at(bits, start.size_bytes, table) for bits in (front.WIDEST_BITS, front.NARROWEST_BITS)]
+    seen: list[tuple[int, float]] = []
     problem.progress.start("measuring the front", points)
     for i in range(points):
-        share = i / max(points - 1, 1)
-        limit = math.ceil(1.02 * least * (0.6 * start.size_bytes / least) ** share)
+        limit = ends[i] if i < len(ends) else front.next_size(seen)
         budget = Budget(max_size_bytes=limit, minimize="drop")
-        state = _state(problem, known, found, _usable(problem, ground), budget=budget, candidates=2)
+        state = _state(problem, known, found, table, budget=budget, candidates=2)
         search(state, first_loss_cap=NO_CAP)
+        drops = [a.measured.drop for a in state.attempts if a.measured is not None and a.measured.drop is not None]
+        seen.append((limit, min(drops, default=math.inf)))
         found.attempts.extend(a for a in state.attempts if a not in found.attempts)
         found.interrupted = state.interrupted
         problem.progress.advance()
