@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import onnx_ir as ir
+import pytest
 
 from featherweight.core import Action, Decision, Plan, Profile
 from featherweight.graph import io
@@ -14,6 +18,14 @@ from featherweight.techniques import Context, all_techniques
 from featherweight.techniques._guard import guard
 
 CHANNELS = 8
+
+
+def optimised(model: ir.Model) -> list[str]:
+    """Operators that the runtime really runs, with repetition."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "m.onnx"
+        io.save(model, path)
+        return list(ort.optimised_ops(path).elements())
 
 
 def three_layers(*, seed: int = 0) -> ir.Model:
@@ -79,3 +91,25 @@ def test_only_layers_in_the_pattern_are_guarded():
     assert clip.op_type == "Clip"
     assert len(clip.inputs) == 1
     assert guard(model) == 0
+
+
+@pytest.mark.parametrize("shape", ["2, 8", "2, 5, 8"], ids=["2-D", "3-D"])
+@pytest.mark.parametrize("after", ["y0 = Add(m, b)", "a = Add(m, b) y0 = Relu(a)"], ids=["add", "add-relu"])
+def test_a_matmul_that_becomes_a_gemm_is_guarded_too(shape, after):
+    weights = ", ".join(f"{v:.6g}" for v in np.random.default_rng(0).normal(size=64))
+    model = ir.from_onnx_text(f"""
+    <ir_version: 10, opset_import: ["" : 21]>
+    net (float[{shape}] x) => (float[{shape}] y)
+    <float[8, 8] w = {{{weights}}}, float[8] b = {{1, 2, 3, 4, 5, 6, 7, 8}}, float s = {{0.05}}, uint8 z = {{128}}>
+    {{
+      q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z)
+      m = MatMul(d, w) {after}
+      q2 = QuantizeLinear(y0, s, z) y = DequantizeLinear(q2, s, z)
+    }}
+    """)
+    for i, node in enumerate(model.graph):
+        node.name = f"n{i}"
+    assert guard(model) == 1
+    ops = optimised(model)
+    assert not any(op.startswith(("QGemm", "QLinear")) for op in ops), ops
+    assert sum(op == "DequantizeLinear" for op in ops) == 2, "the runtime rounded the weight or the bias"

@@ -14,7 +14,9 @@ import onnx_ir as ir
 from featherweight.graph import surgery
 
 ROUNDED_BY_THE_RUNTIME = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-FUSED = frozenset({"Relu", "Clip", "LeakyRelu"})
+# What the optimiser fuses into such a layer first (MatMul + Add becomes a Gemm), or looks through.
+FUSED = frozenset({"Add", "Mul", "Relu", "Clip", "LeakyRelu", "Reshape"})
+STEPS = 3
 
 
 def guard(model: ir.Model) -> int:
@@ -33,14 +35,18 @@ def guard(model: ir.Model) -> int:
 
 
 def _exposed(node: ir.Node) -> bool:
-    """True for DequantizeLinear -> node with a float weight -> (Relu or Clip) -> QuantizeLinear."""
+    """True for DequantizeLinear -> node with a float weight -> (what fuses into it) -> QuantizeLinear."""
     if node.op_type not in ROUNDED_BY_THE_RUNTIME or node.domain not in ("", "ai.onnx") or len(node.inputs) < 2:
         return False
     if not _made_by(node.inputs[0], "DequantizeLinear") or _made_by(node.inputs[1], "DequantizeLinear"):
         return False
-    readers = [use.node for use in node.outputs[0].uses()]
-    behind = [use.node for reader in readers if reader.op_type in FUSED for use in reader.outputs[0].uses()]
-    return any(reader.op_type == "QuantizeLinear" for reader in (*readers, *behind))
+    reached = list(node.outputs)
+    for _ in range(STEPS):
+        readers = [use.node for value in reached for use in value.uses()]
+        if any(reader.op_type == "QuantizeLinear" for reader in readers):
+            return True
+        reached = [reader.outputs[0] for reader in readers if reader.op_type in FUSED]
+    return False
 
 
 def _made_by(value: ir.Value | None, op_type: str) -> bool:
