@@ -167,7 +167,9 @@ class Budget:
             ("drop", m.drop, self.max_drop, f"({m.metric_name})"),
         )
         return [
-            f"{what} {value:.6g} {unit} is over the limit of {limit:.6g}"
+            f"{what} is over the limit of {limit:.6g}: it was not measured"
+            if value is None
+            else f"{what} {value:.6g} {unit} is over the limit of {limit:.6g}"
             for what, value, limit, unit in checks
             if limit is not None and (value is None or value > limit)
         ]

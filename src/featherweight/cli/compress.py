@@ -11,6 +11,7 @@ from featherweight.cli import _options as options
 from featherweight.cli._run import Output, common, progress, report_output, written_parts
 from featherweight.cli._sections import Command, option
 
+NOT_WRITTEN = "\nno model was written, as the budget is not met; --save-anyway keeps the nearest (in another folder)"
 WRITTEN = ("model.onnx", "plan.json", "report.json", "report.html")
 
 
@@ -35,4 +36,5 @@ def command(model: Path, data: str, *, out: Path, all_layers: bool, **asked: Any
     with progress() as shown:
         report = compress(model, data, out=out, progress=shown, **options.search_arguments(asked))
     output = report_output(report, all_layers=all_layers)
-    return Output(output.as_json, lambda: output.parts() + written_parts(out, WRITTEN), output.code)
+    hint = [] if report.answer != "not found" or (out / WRITTEN[0]).exists() else [NOT_WRITTEN]
+    return Output(output.as_json, lambda: output.parts() + hint + written_parts(out, WRITTEN), output.code)

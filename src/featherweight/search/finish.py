@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 
-from featherweight.core import Answer, Measurement, Plan, Report
+from featherweight.core import Answer, Budget, Measurement, Plan, Report
 from featherweight.graph import io
-from featherweight.quantities import format_drop
+from featherweight.quantities import format_bytes, format_drop, format_ms, format_percent
 from featherweight.runtime import significance
 from featherweight.search import front, layers, loop, replay
 from featherweight.search.baseline import Baseline
@@ -45,7 +46,7 @@ def finish(problem: Problem, known: Baseline, found: Found, *, save_anyway: bool
     broken = problem.budget.violations(result)
     _say_what_is_uncertain(problem, drop)
     answer: Answer = "not found" if broken else "yes"
-    outcome, reason = _outcome(found, broken)
+    outcome, reason = _outcome(found, _misses(problem.budget, result))
     plan = replay.sealed(problem, found.ground.ctx, chosen.plan)
     if answer == "yes" or save_anyway:
         replay.write(problem, plan, path)
@@ -63,14 +64,31 @@ def _pays(problem: Problem, known: Baseline, plan: Plan, result: Measurement) ->
     return result.size_bytes <= (1 - CLEARLY) * problem.original_bytes
 
 
+def _misses(budget: Budget, m: Measurement) -> list[str]:
+    """What a measured result breaks, for people: the value found and the limit, rounded alike."""
+    name = m.metric_name
+    checks: tuple[tuple[str, float | None, float | None, Callable[[float], str]], ...] = (
+        ("size", m.size_bytes, budget.max_size_bytes, format_bytes),
+        ("latency", m.latency_ms, budget.max_latency_ms, format_ms),
+        ("latency", m.latency_ratio, budget.max_latency_ratio, lambda r: f"{format_percent(r)} of the original's"),
+        ("peak memory", m.peak_bytes, budget.max_peak_bytes, format_bytes),
+        ("drop", m.drop, budget.max_drop, lambda d: format_drop(d, name)),
+    )
+    return [
+        f"{what} is {'not measured' if value is None else words(value)}, the limit {words(limit)}"
+        for what, value, limit, words in checks
+        if limit is not None and (value is None or value > limit)
+    ]
+
+
 def _outcome(found: Found, broken: list[str]) -> tuple[str, str]:
     if not broken:
         aside = "" if found.best is not None else " (on validation data it was over one, so be careful)"
         return "met", f"every limit holds on unseen data{aside}; {found.stop_reason}"
     if found.best is not None:
-        return "not met", f"within the limits on validation data, but on unseen data {'; '.join(broken)}"
+        return "not met", f"within the limits on validation data, but on unseen data the {'; the '.join(broken)}"
     tried = f"{len(found.attempts)} candidate{'' if len(found.attempts) == 1 else 's'}"
-    return "not met", f"not found within {tried} ({found.stop_reason}); the nearest misses: {'; '.join(broken)}"
+    return "not met", f"not found within {tried} ({found.stop_reason}); of the nearest, the {'; the '.join(broken)}"
 
 
 def _say_what_is_uncertain(problem: Problem, drop: significance.Drop | None) -> None:
