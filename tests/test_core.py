@@ -6,8 +6,8 @@ from featherweight.core import Budget, Measurement
 
 
 def test_violations_give_both_values():
-    found = Budget(max_size_bytes=100, max_drop=0.01).violations(Measurement(120, "accuracy", drop=0.02))
-    assert found == ["size 120 B is over the limit of 100", "drop 0.02 (accuracy) is over the limit of 0.01"]
+    found = Budget(max_size_bytes=100, max_drop=0.01).violations(Measurement(12_345_678, "accuracy", drop=0.02))
+    assert found == ["size 12345678 B is over the limit of 100", "drop 0.02 (accuracy) is over the limit of 0.01"]
 
 
 def test_what_was_not_measured_cannot_meet_a_limit():

@@ -167,9 +167,9 @@ class Budget:
             ("drop", m.drop, self.max_drop, f"({m.metric_name})"),
         )
         return [
-            f"{what} is over the limit of {limit:.6g}: it was not measured"
+            f"{what} is over the limit of {_plain(limit)}: it was not measured"
             if value is None
-            else f"{what} {value:.6g} {unit} is over the limit of {limit:.6g}"
+            else f"{what} {_plain(value)} {unit} is over the limit of {_plain(limit)}"
             for what, value, limit, unit in checks
             if limit is not None and (value is None or value > limit)
         ]
@@ -326,6 +326,11 @@ class Report:
     def size_ratio(self) -> float:
         """Result over baseline, so smaller is better."""
         return self.result.size_bytes / self.baseline.size_bytes
+
+
+def _plain(number: float) -> str:
+    """Bytes in full, other numbers to six digits."""
+    return str(number) if isinstance(number, int) else f"{number:.6g}"
 
 
 def total(effects: Iterable[Effect]) -> Effect:

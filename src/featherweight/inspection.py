@@ -114,10 +114,7 @@ def inspect(
 ) -> Inspection:
     """Look into a model file; runs it (in a child process) only if `data` is given.
 
-    Raises:
-        ModelError: the file cannot be used.
-        DataError: the data does not fit the model.
-        RunError: the runtime refuses the model.
+    Raises ModelError for an unusable file, DataError where the data does not fit it, RunError if it does not run.
     """
     from featherweight.graph import cost, io
     from featherweight.graph.normalise import normalise
@@ -129,18 +126,16 @@ def inspect(
     original = io.load(path)
     graph = normalise(original, run=None).model
     found = weights(graph)
-    encodings = _encodings(original)
     times: Mapping[str, float] = {}
     notes: list[Note] = []
-    if data is not None:
+    if data is None:
+        shapes = _assumed_shapes(_ports(graph.graph.inputs), batch, notes)
+    else:
         feeds = _feeds(original, data, preprocess, tokenizer, batch)
         shapes = {name: tuple(array.shape) for name, array in feeds.items()}
         times = node_times(path, feeds, threads=threads).ms
-    else:
-        shapes = _assumed_shapes(_ports(graph.graph.inputs), batch, notes)
     counted = cost.costs(graph, input_shapes=shapes)
     notes += [Note(name, "shape not known: its operations and memory are counted as none") for name in counted.unknown]
-    target = load_profile("this" if profile is None else profile)
     file_bytes = io.size_bytes(path)
     return Inspection(
         model=path.name,
@@ -163,8 +158,8 @@ def inspect(
         inference_bytes=counted.weight_bytes + counted.peak_activation_bytes,
         training={"adam": counted.train_bytes("adam"), "sgd": counted.train_bytes("sgd")},
         bit_floors=bit_floors(found, file_bytes),
-        encodings=encodings,
-        target=target,
+        encodings=_encodings(original),
+        target=load_profile("this" if profile is None else profile),
         notes=(*notes, *skipped(graph)),
     )
 

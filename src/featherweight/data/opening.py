@@ -32,14 +32,11 @@ def open_data(
     max_length: int = 128,
     spool_folder: str | Path | None = None,
 ) -> Dataset:
-    """The dataset behind a path (.npz, image folder, labels.csv, .tsv, .csv, .txt), `module:function`,
-    callable, iterable or mapping.
+    """The dataset behind a path (.npz, image folder, .tsv, .csv, .txt), `module:function`, callable or mapping.
 
-    `inputs` are the model's. `labels`: True finds them by their usual names, a text names the array or column,
-    False ignores them.
-    What was assumed or converted is in `Dataset.notes`. Data given in memory is written under `spool_folder`.
-    Raises DataError saying what is wrong and what would do; MissingExtraError for text without the package
-    tokenizers.
+    `inputs` are the model's. `labels`: True finds them by their usual names, a text names the array or column, False
+    ignores them. What was assumed or converted is in `Dataset.notes`. Data in memory is written under `spool_folder`.
+    Raises DataError saying what is wrong and what would do; MissingExtraError for text without the package tokenizers.
     """
     if batch_size < 1:
         raise DataError(f"batch_size must be >= 1, but got {batch_size}")

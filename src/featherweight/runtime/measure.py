@@ -100,14 +100,12 @@ def latency(
     """Compare two models on the same inputs.
 
     Args:
-        original: model file.
-        candidate: model file.
+        original, candidate: model files.
         feeds: one input, or several that turns go through one after another.
         threads: of the runtime; that many cores are pinned, the same ones for both.
         time_limit_s: stop after this long even if the interval is wide (at least 3 turns are made).
         precision: stop when the ratio's interval is within this share of the ratio on both sides.
-        min_turns: make at least these, if time allows.
-        max_turns: make no more than these.
+        min_turns, max_turns: make at least and at most so many, if time allows.
         level: of the interval.
         timeout_s: of one turn.
 

@@ -116,7 +116,8 @@ def _read(plan: str | Path | Plan) -> tuple[Plan, Path | None]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise PlanError(f"the plan {path} cannot be read: {e}") from e
+        why = e.strerror if isinstance(e, OSError) else e
+        raise PlanError(f"{path} cannot be read ({why}); give the plan.json of a run whose budget was met") from e
     beside = path.parent / STATISTICS
     return Plan.from_json(text), beside if beside.exists() else None
 
