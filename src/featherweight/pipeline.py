@@ -129,7 +129,7 @@ def _opened(request: Request, resume: bool, progress: Progress | None) -> Iterat
 
 def _solve(problem: Problem, *, save_anyway: bool, first_is_enough: bool) -> Report:
     """Bounds, search, verification: the three answers of the decision problem."""
-    done = _finished(problem)
+    done = _finished(problem, save_anyway=save_anyway)
     if done is not None:
         return done
     known = measure_baseline(problem)
@@ -147,13 +147,15 @@ def _solve(problem: Problem, *, save_anyway: bool, first_is_enough: bool) -> Rep
     return report
 
 
-def _finished(problem: Problem) -> Report | None:
+def _finished(problem: Problem, *, save_anyway: bool) -> Report | None:
     """The report of a run that had come to its end, where it is still in the folder: resuming it repeats nothing."""
     from featherweight.report import json
 
     path = problem.work.parent / "report.json"
     if not problem.journal.finished("finished") or not path.exists():
         return None
+    if save_anyway and not (path.parent / "model.onnx").exists():
+        return None  # the nearest model was not wanted then and is now: candidates are read from the journal
     shutil.rmtree(problem.work, ignore_errors=True)
     return json.read(path)
 

@@ -35,6 +35,7 @@ class Found:
     attempts: list[Attempt] = field(default_factory=list)
     best: Attempt | None = None
     refusal: str | None = None
+    bound_bytes: int | None = None
     stop_reason: str = ""
     interrupted: bool = False
 
@@ -48,9 +49,9 @@ def fit(problem: Problem, known: Baseline, *, first_is_enough: bool) -> Found:
     find_fragile(problem, ground.ctx, ground.effects.table, ground.sites)
     found = Found(ground)
     start = base(problem, known)
-    found.refusal = bounds.refusal(
-        [bounds.size_bound(problem.budget, ground.effects.table, ground.sites, start.size_bytes)]
-    )
+    bound = bounds.size_bound(problem.budget, ground.effects.table, ground.sites, start.size_bytes)
+    found.bound_bytes = int(bound.reachable)
+    found.refusal = bounds.refusal([bound])
     if found.refusal is None:
         _run(
             problem,
