@@ -65,7 +65,9 @@ def statistics(problem: Problem) -> Statistics:
 
 def context(problem: Problem, stats: Statistics | None) -> Context:
     """A fresh Context for this problem's techniques."""
-    return Context(problem.profile, stats, problem.request.seed, problem.keep_float)
+    # Who names techniques wants all they offer; else each leaves out what others do better.
+    thorough = problem.request.techniques is not None
+    return Context(problem.profile, stats, problem.request.seed, problem.keep_float, thorough=thorough)
 
 
 def survey(

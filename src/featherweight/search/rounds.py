@@ -45,7 +45,7 @@ def fit(problem: Problem, known: Baseline, *, first_is_enough: bool) -> Found:
     refusal = _refused_at_once(problem, known)
     if refusal is not None:
         return Found(Ground(context(problem, None), {}, Effects({}, ())), refusal=refusal)
-    ground = survey(problem, context(problem, statistics(problem)), with_gains=True, admit=_worth(problem))
+    ground = survey(problem, context(problem, statistics(problem)), with_gains=True)
     find_fragile(problem, ground.ctx, ground.effects.table, ground.sites)
     found = Found(ground)
     start = base(problem, known)
@@ -91,7 +91,7 @@ def fronts(problem: Problem, known: Baseline, points: int) -> Found:
     """Measure the most accurate plan at `points` sizes between 8 and 2 bits a weight, most of them at the bend."""
     drop = None if problem.request.max_drop is None else problem.budget.max_drop
     problem.budget = dataclasses.replace(problem.budget, max_drop=drop, minimize="drop")
-    ground = survey(problem, context(problem, statistics(problem)), with_gains=True, admit=_worth(problem))
+    ground = survey(problem, context(problem, statistics(problem)), with_gains=True)
     find_fragile(problem, ground.ctx, ground.effects.table, ground.sites)
     found = Found(ground)
     start = base(problem, known)
@@ -207,30 +207,9 @@ def _used(decisions: Iterable[Decision]) -> set[str]:
     return {a.technique for d in decisions for a in d.actions}
 
 
-def _worth(problem: Problem) -> Callable[[Action], bool]:
-    """Options worth an estimate: codebooks and scales by block earn their bytes at few bits only.
-
-    Where the user named techniques, all their options are estimated.
-    """
-    if problem.request.techniques is not None:
-        return lambda _action: True
-
-    def worth(action: Action) -> bool:
-        bits = action.get("bits", 0)
-        if action.technique == "palette":
-            return bool(bits <= 5 and action.get("groups", 1) != 4)
-        if action.technique == "weight_nbit" and action.get("block", 0):
-            return bool(bits <= 4)
-        return True
-
-    return worth
-
-
 def stores_eight_bits(action: Action) -> bool:
-    """True for actions that store weights as plain 8-bit integers, one scale a channel or tensor."""
-    if action.technique == "palette" or action.get("block", 0):
-        return False
-    return bool(action.get("weight_bits", action.get("bits", 0)) == 8)
+    """True for actions that store weights in plain 8 bits, not in blocks."""
+    return bool(action.get("weight_bits", action.get("bits", 0)) == 8 and not action.get("block", 0))
 
 
 def without(table: Mapping[str, Sequence[Choice]], names: frozenset[str] | set[str]) -> dict[str, list[Choice]]:

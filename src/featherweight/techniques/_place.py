@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from featherweight.core import Site
 from featherweight.errors import TechniqueError
 from featherweight.graph import encode
 from featherweight.graph import weights as graph_weights
@@ -27,10 +29,19 @@ class ScalePlace:
     rows: npt.NDArray[np.int64]
 
 
+# Below this many elements the nodes that decode a weight cost more than they save.
+MIN_ELEMENTS = 64
 VOCABULARY_ROWS = 2048
 HALF_HIGH = 6e4
 HALF_STEP = 2.0**-25  # largest error of a float16 below its normal range
 _places: dict[tuple[object, ...], ScalePlace] = {}
+
+
+def sites(model: ir.Model) -> Iterator[Site]:
+    """Every stored float weight that is worth encoding, in sub-graphs too."""
+    for weight in graph_weights.weights(model, min_elements=MIN_ELEMENTS):
+        nodes = tuple(use.path for use in weight.uses)
+        yield Site(weight.name, "weight", (weight.name,), nodes, weight.size_bytes)
 
 
 def find(model: ir.Model, name: str) -> Weight:

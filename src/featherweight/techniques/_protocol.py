@@ -28,7 +28,8 @@ class Context:
     technique must work without, e.g. by rounding to nearest); `keep_float` the names of nodes the user or an
     earlier measurement wants in float; `fragile` those that may be stored in few bits but not computed in integers
     (see `for_technique`); `notes` collects why something was left alone; `cache` shares arithmetic
-    between `estimate` and `apply`, keyed by (model sha, site, action).
+    between `estimate` and `apply`, keyed by (model sha, site, action); `thorough` False lets `options` leave out what
+    another technique nearly always does better, so that the search need not estimate it.
     """
 
     profile: Profile
@@ -38,6 +39,7 @@ class Context:
     fragile: frozenset[str] = frozenset()
     notes: list[Note] = field(default_factory=list)
     cache: dict[Any, Any] = field(default_factory=dict)
+    thorough: bool = True
 
     def for_technique(self, technique: Technique) -> Context:
         """The context a technique should see: for those that compute in integers, fragile nodes stay in float."""

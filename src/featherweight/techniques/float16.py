@@ -16,12 +16,10 @@ import onnx_ir as ir
 from featherweight.core import Action, Site, Stage
 from featherweight.errors import TechniqueError
 from featherweight.graph import encode, io
-from featherweight.graph import weights as graph_weights
 from featherweight.techniques import _half, _place
 from featherweight.techniques._profile import profile, refusal
 from featherweight.techniques._protocol import Context, Estimate, Technique
 
-MIN_ELEMENTS = 64
 LARGEST = float(np.finfo(np.float16).max)
 SMALLEST = float(np.finfo(np.float16).smallest_normal)
 #: More than this share of a tensor's energy below float16's normal range is a loss, not rounding.
@@ -35,11 +33,9 @@ class Float16:
     stage: ClassVar[Stage] = "numeric"
     integer: ClassVar[bool] = False
 
-    def sites(self, model: ir.Model) -> Iterator[Site]:
+    def sites(self, model: ir.Model) -> Iterable[Site]:
         """Every stored float32 weight."""
-        for weight in graph_weights.weights(model, min_elements=MIN_ELEMENTS):
-            nodes = tuple(use.path for use in weight.uses)
-            yield Site(weight.name, "weight", (weight.name,), nodes, weight.size_bytes)
+        return _place.sites(model)
 
     def options(self, model: ir.Model, site: Site, ctx: Context) -> Iterable[Action]:
         """float16 if the values fit; for a site of kind "model" half-precision compute."""

@@ -6,7 +6,7 @@ codebooks re-fitted by least squares (`_codebook`). Decoded once at load: float 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import ClassVar
 
 import numpy as np
@@ -15,7 +15,6 @@ import onnx_ir as ir
 from featherweight.core import Action, Site, Stage
 from featherweight.errors import TechniqueError
 from featherweight.graph import encode
-from featherweight.graph import weights as graph_weights
 from featherweight.graph.encode.layout import Kind
 from featherweight.graph.weights import Weight
 from featherweight.techniques import _absorb, _codebook, _place
@@ -24,8 +23,8 @@ from featherweight.techniques._protocol import Context, Estimate, Technique
 from featherweight.techniques._scales import F32
 
 BITS = (8, 7, 6, 5, 4, 3, 2, 1)
-MIN_ELEMENTS = 64
 GROUPS = (1, 4, 16)
+USEFUL_BITS, USEFUL_GROUPS = (5, 4, 3, 2, 1), (1, 16)
 #: Codebooks may take this share of the bytes of the indices.
 BOOK_SHARE = 0.06
 SAMPLE = 60_000  # weights looked at for an estimate
@@ -38,11 +37,9 @@ class Palette:
     stage: ClassVar[Stage] = "numeric"
     integer: ClassVar[bool] = False
 
-    def sites(self, model: ir.Model) -> Iterator[Site]:
+    def sites(self, model: ir.Model) -> Iterable[Site]:
         """Every weight that is worth encoding."""
-        for weight in graph_weights.weights(model, min_elements=MIN_ELEMENTS):
-            nodes = tuple(use.path for use in weight.uses)
-            yield Site(weight.name, "weight", (weight.name,), nodes, weight.size_bytes)
+        return _place.sites(model)
 
     def options(self, model: ir.Model, site: Site, ctx: Context) -> Iterable[Action]:
         """1 to 8 bits; one codebook a tensor, or one for each of 4 or 16 runs of output channels."""
@@ -51,8 +48,9 @@ class Palette:
         if reason:
             ctx.note(site.name, f"weights stay as they are: {reason}")
             return
-        for bits in BITS:
-            for groups in GROUPS:
+        # With many levels a codebook gains nothing over a uniform grid, and four codebooks little over one or sixteen.
+        for bits in BITS if ctx.thorough else USEFUL_BITS:
+            for groups in GROUPS if ctx.thorough else USEFUL_GROUPS:
                 small = 4 * groups * 2**bits <= BOOK_SHARE * weight.array().size * bits / 8
                 if groups == 1 or (small and _groups_fit(weight, groups)):
                     yield Action.of(self.name, bits=bits, groups=groups)

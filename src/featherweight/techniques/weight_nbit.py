@@ -7,7 +7,7 @@ runtime keeps 4-bit blocks in memory and computes with them (MatMulNBits).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import ClassVar
 
 import numpy as np
@@ -17,7 +17,6 @@ import onnx_ir as ir
 from featherweight.core import Action, Site, Stage
 from featherweight.errors import TechniqueError
 from featherweight.graph import encode
-from featherweight.graph import weights as graph_weights
 from featherweight.graph.weights import Weight
 from featherweight.techniques import _absorb, _gptq, _place, _scales
 from featherweight.techniques._profile import profile, refusal
@@ -27,8 +26,7 @@ F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 BITS = (8, 7, 6, 5, 4, 3, 2)
 BLOCKS = (32, 64, 128)
-#: Below this many elements the nodes that decode a weight cost more than they save.
-MIN_ELEMENTS = 64
+BLOCK_BITS = 4  # above it the scales of blocks cost more bytes than one more bit would
 #: MatMulNBits rounds activations to 8 bits a block: relative squared error of blocks of 32 normal values.
 NBITS_ACTIVATION_NOISE = 5e-5
 
@@ -40,11 +38,9 @@ class WeightNbit:
     stage: ClassVar[Stage] = "numeric"
     integer: ClassVar[bool] = False
 
-    def sites(self, model: ir.Model) -> Iterator[Site]:
+    def sites(self, model: ir.Model) -> Iterable[Site]:
         """Every weight that is worth encoding."""
-        for weight in graph_weights.weights(model, min_elements=MIN_ELEMENTS):
-            nodes = tuple(use.path for use in weight.uses)
-            yield Site(weight.name, "weight", (weight.name,), nodes, weight.size_bytes)
+        return _place.sites(model)
 
     def options(self, model: ir.Model, site: Site, ctx: Context) -> Iterable[Action]:
         """8 to 2 bits, one scale a channel or a block of 32, 64, 128 reduced entries; MatMulNBits for MatMul."""
@@ -56,7 +52,7 @@ class WeightNbit:
         blocks = [b for b in BLOCKS if _place.block_axis(weight) is not None and weight.matrix_shape[2] > b]
         for bits in BITS:
             yield Action.of(self.name, bits=bits)
-            for block in blocks:
+            for block in blocks if ctx.thorough or bits <= BLOCK_BITS else ():
                 yield Action.of(self.name, bits=bits, block=block)
         if blocks and _place.nbits_kernel(weight):
             for block in blocks:
