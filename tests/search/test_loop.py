@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -95,6 +97,30 @@ def test_candidates_that_fail_to_build_do_not_end_the_search():
     search(state, first_loss_cap=0.02)
     assert state.best is not None
     assert state.attempts[0].error
+
+
+def test_a_technique_whose_plans_crash_is_set_aside_and_the_rest_searched():
+    world = World()
+    both = {}
+    for site, choices in table().items():
+        better = [
+            Choice(Decision(site, (Action.of("crashes", bits=c.decision.actions[0].get("bits")),)), c.effect)
+            for c in choices[1:]
+        ]
+        worse = [replace(c, effect=replace(c.effect, loss=2 * c.effect.loss)) for c in choices[1:]]
+        both[site] = [choices[0], *better, *worse]
+
+    def measure(plan: Plan) -> Attempt:
+        done = world(plan)
+        if any(a.technique == "crashes" for d in plan.decisions for a in d.actions):
+            return replace(done, measured=None, error="the child process died with SIGSEGV")
+        return done
+
+    budget = Budget(max_size_bytes=5000, minimize="drop")
+    state = search(State(both, budget, BASE, measure, lambda: False, 8), first_loss_cap=0.02)
+    assert state.attempts[0].error
+    assert state.best is not None
+    assert state.best.measured.size_bytes <= 5000
 
 
 def test_ctrl_c_keeps_the_best_so_far():

@@ -10,6 +10,7 @@ Any-time: the best candidate so far is kept at each step; the time budget and Ct
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -257,12 +258,29 @@ def _least_drop(state: State, enough: Callable[[Attempt], bool] | None) -> None:
             if enough is not None and enough(attempt):
                 state.stop_reason = "a candidate within the limits was found"
                 return
-            if attempt.measured is not None and not replace(state.budget, max_drop=None).violations(attempt.measured):
+            if attempt.measured is None:
+                state.table = without_most_used(state.table, plan)
+            elif not replace(state.budget, max_drop=None).violations(attempt.measured):
                 found.append(attempt)
                 break
     if state.best is not None:
         state.best = _faster_of_equals(state, found) or state.best
     state.stop_reason = state.stop_reason or "of all plans that fit, the one predicted to lose least was measured"
+
+
+def without_most_used(table: Table, plan: Plan) -> Table:
+    """The table without the technique that `plan`, which could not be built or run, used at most sites.
+
+    The cause is in the attempt; what else the plan used stays, so that the search goes on without the suspect.
+    """
+    counts = Counter(action.technique for decision in plan.decisions for action in decision.actions)
+    if not counts:
+        return table
+    suspect = max(counts, key=lambda name: (counts[name], name))
+    return {
+        site: [c for c in choices if all(a.technique != suspect for a in c.decision.actions)]
+        for site, choices in table.items()
+    }
 
 
 def _faster_of_equals(state: State, found: list[Attempt]) -> Attempt | None:

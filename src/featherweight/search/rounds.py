@@ -152,7 +152,7 @@ def _state(
     budget: Budget | None = None,
     candidates: int | None = None,
 ) -> State:
-    left = problem.request.max_candidates if candidates is None else candidates
+    left = max(problem.request.max_candidates - len(found.attempts), 1) if candidates is None else candidates
     return State(
         table,
         budget or problem.budget,
