@@ -33,11 +33,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, bytes]:
 def start(model: Path, data: Path, out: Path) -> subprocess.Popen[str]:
     code = textwrap.dedent(
         f"""
+        import signal
         import featherweight as fw
         from pathlib import Path
         class Said(fw.Silent):
             def start(self, phase, total=None):
                 print(phase, flush=True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
         if __name__ == "__main__":
             try:
                 fw.compress({str(model)!r}, {str(data)!r}, out={str(out)!r}, save_anyway=True,

@@ -201,7 +201,8 @@ def test_a_worker_started_in_a_thread_outlives_the_thread():
 
 
 PARENT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background inherits that it is ignored
 sys.path.insert(0, {folder!r})
 import child_functions as cf
 from featherweight.runtime.sandbox import Worker

@@ -58,6 +58,7 @@ def main(handle: int, parent_pid: int, die_with_thread: bool, memory_limit_bytes
         except Exception as e:  # the call could not be unpacked here, e.g. a function of the user's __main__
             _answer(conn, ("unpackable", str(e)))
             continue
+        _answer(conn, ("begun",))  # before it nothing of the call has run, and the parent may ask another child
         _answer(conn, _run(message))
 
 

@@ -115,13 +115,12 @@ class Worker:
         what = doing or _describe(func, args)
         with self._lock:
             try:
-                self._start()
-                if not self._send((func, args, kwargs)):  # it died while idle, so nothing of this call has run yet
+                answer = self._ask((func, args, kwargs), limit, progress, what)
+                if answer is None:  # the child had died while idle, so nothing of this call has run yet
                     self._kill()
-                    self._start()
-                    if not self._send((func, args, kwargs)):
-                        raise self._crashed(what)
-                answer = self._wait(limit, progress, what)
+                    answer = self._ask((func, args, kwargs), limit, progress, what)
+                if answer is None:
+                    raise self._crashed(what)
             except NotShippableError:
                 raise
             except BaseException:  # Ctrl-C above all: nobody will read this child's answer any more
@@ -177,7 +176,15 @@ class Worker:
             ) from e
         return True
 
-    def _wait(self, limit: float | None, progress: ProgressCallback | None, what: str) -> tuple[Any, ...]:
+    def _ask(
+        self, message: tuple[Any, ...], limit: float | None, progress: ProgressCallback | None, what: str
+    ) -> tuple[Any, ...] | None:
+        """The child's answer; None if it was gone before it began."""
+        self._start()
+        return self._wait(limit, progress, what) if self._send(message) else None
+
+    def _wait(self, limit: float | None, progress: ProgressCallback | None, what: str) -> tuple[Any, ...] | None:
+        begun = False
         deadline = None if limit is None else time.monotonic() + limit
         watch = self._memory_limit_bytes > 0 and sys.platform == "win32"
         while True:
@@ -193,7 +200,12 @@ class Worker:
                     continue
                 message: tuple[Any, ...] = _wire.receive(self._conn)
             except (EOFError, ConnectionResetError, BrokenPipeError):
+                if not begun:
+                    return None
                 raise self._crashed(what) from None
+            if message[0] == "begun":
+                begun = True
+                continue
             if message[0] != "progress":
                 return message
             if progress is not None:
