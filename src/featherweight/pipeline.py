@@ -102,6 +102,8 @@ def _request(model: str | Path, data: Any, out: str | Path | None, asked: dict[s
         raise TypeError(
             f"unknown argument {unknown[0]!r}; known: {', '.join(f.name for f in dataclasses.fields(Request))}"
         )
+    if callable(asked.get("metric")):  # the child imports it by name
+        asked["metric"] = f"{asked['metric'].__module__}:{asked['metric'].__qualname__}"
     for name in ("techniques", "keep_float"):
         if asked.get(name) is not None:
             asked[name] = (asked[name],) if isinstance(asked[name], str) else tuple(asked[name])

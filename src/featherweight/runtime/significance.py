@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from featherweight.errors import DataError
 from featherweight.runtime.metrics import Metric
 from featherweight.runtime.outputs import Array
 from featherweight.runtime.scores import Float
+
+if TYPE_CHECKING:
+    from featherweight.runtime.evaluate import Evaluation
 
 Verdict = Literal["within", "beyond", "undecided"]
 _CELLS = 200_000  # values gathered at once by the bootstrap: what fits a cache is five times faster than all at once
@@ -96,6 +99,18 @@ def drop_interval(
         return _binary_drop(baseline, candidate, value, metric.higher_is_better, level)
     low, high = _bootstrap(metric, baseline, candidate, labels, level, resamples, seed)
     return Drop(value, Interval(min(low, value), max(high, value), level), "bootstrap", n_samples=n)
+
+
+def paired(metric: Metric, before: Evaluation, after: Evaluation, *, seed: int = 0) -> Drop:
+    """The drop between two evaluations of the same data: `before` is the original's."""
+    return drop_interval(
+        metric,
+        None if metric.perfect is not None else before.per_sample,
+        after.per_sample,
+        after.labels,
+        values=(before.value, after.value) if after.per_sample is None else None,
+        seed=seed,
+    )
 
 
 def mcnemar(baseline: Float, candidate: Float) -> tuple[int, int, float]:

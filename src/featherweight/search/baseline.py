@@ -31,9 +31,8 @@ class Baseline:
 def measure_baseline(problem: Problem) -> Baseline:
     """Choose the metric and measure the original on validation data; its outputs are kept for paired comparison."""
     problem.progress.start("measuring the original", problem.splits.validation.n_batches)
-    asked = problem.request.metric
     metric, why = ev.pick_metric(
-        problem.runnable, problem.splits.validation, None if asked is None else str(asked), worker=problem.worker
+        problem.runnable, problem.splits.validation, problem.request.metric, worker=problem.worker
     )
     evaluation = ev.evaluate(
         problem.runnable,

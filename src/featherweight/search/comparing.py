@@ -62,14 +62,7 @@ def compare(
         feeds = first_feeds(read, LATENCY_FEEDS)
         timing = measure.latency(*paths, feeds, threads=threads)
         memories = [measure.memory(p, feeds[0]) for p in paths]
-    drop = significance.drop_interval(
-        chosen,
-        None if chosen.perfect is not None else before.per_sample,
-        after.per_sample,
-        after.labels,
-        values=(before.value, after.value) if after.per_sample is None else None,
-        seed=seed,
-    )
+    drop = significance.paired(chosen, before, after, seed=seed)
     shared: dict[str, Any] = {
         "metric_name": chosen.name,
         "n_samples": after.n_samples,

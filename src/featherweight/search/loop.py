@@ -60,6 +60,7 @@ class State:
     measure: Callable[[Plan], Attempt]
     out_of_time: Callable[[], bool]
     max_candidates: int
+    announce: Callable[[Attempt], None] = lambda _best: None
     correction: Correction = field(default_factory=Correction)
     attempts: list[Attempt] = field(default_factory=list)
     best: Attempt | None = None
@@ -149,6 +150,7 @@ def _try(state: State, plan: Plan) -> Attempt:
         _learn(state, plan, attempt.measured)
         if within(state.budget, attempt.measured) and _better(state.budget, attempt.measured, state.best):
             state.best = attempt
+            state.announce(attempt)
     return attempt
 
 

@@ -50,9 +50,14 @@ def measure_plan(problem: Problem, known: Baseline, ctx: Context, plan: Plan) ->
         error = str(e)
     attempt = Attempt(index, plan, measured, error, time.monotonic() - started)
     problem.journal.record(attempt)
-    if measured is not None:
-        problem.progress.best(f"{format_bytes(measured.size_bytes)}, {measured.metric_name} {measured.metric:.4g}")
     return attempt
+
+
+def announce(problem: Problem, best: Attempt) -> None:
+    """Show the best candidate so far."""
+    m = best.measured
+    if m is not None:
+        problem.progress.best(f"{format_bytes(m.size_bytes)}, {m.metric_name} {m.metric:.4g}")
 
 
 def build_and_save(problem: Problem, ctx: Context, plan: Plan, path: Path) -> None:
@@ -91,14 +96,7 @@ def _measurement(
 ) -> Measurement:
     """Value, paired drop with its interval and p-value, size and the given costs."""
     metric = known.metric
-    drop = significance.drop_interval(
-        metric,
-        None if metric.perfect is not None else before.per_sample,
-        after.per_sample,
-        after.labels,
-        values=(before.value, after.value) if after.per_sample is None else None,
-        seed=problem.request.seed,
-    )
+    drop = significance.paired(metric, before, after, seed=problem.request.seed)
     return Measurement(
         size_bytes=io.size_bytes(path),
         metric_name=metric.name,

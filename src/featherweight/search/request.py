@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import fnmatch
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -29,7 +29,7 @@ class Request:
     data: Any
     out: Path | None = None
     calibration: Any = None
-    metric: str | Callable[..., Any] | None = None
+    metric: str | None = None
     max_size: str | float | None = None
     max_latency: str | float | None = None
     max_peak_memory: str | float | None = None

@@ -14,7 +14,7 @@ from featherweight.search.baseline import Baseline, base, interface
 from featherweight.search.effects import Effects
 from featherweight.search.fragile import find_fragile, usable
 from featherweight.search.loop import State, propose, search, within
-from featherweight.search.measured import measure_plan
+from featherweight.search.measured import announce, measure_plan
 from featherweight.search.prepare import Ground, context, statistics, survey
 from featherweight.search.problem import Problem, first_feeds
 from featherweight.search.solve import Choice
@@ -160,6 +160,7 @@ def _state(
         lambda plan: measure_plan(problem, known, found.ground.ctx, plan),
         problem.out_of_time,
         left,
+        lambda best: announce(problem, best),
     )
 
 
