@@ -40,6 +40,9 @@ test-slow: $(VENV)/.dev ## Run the thorough tests too (many minutes).
 
 bench: $(VENV)/.bench $(WORK)/nncf/.ready ## Compare with other tools on real networks and write benchmarks/RESULTS.md.
 	@test -n "$(BENCH_DATA)" || { echo "make bench needs a folder of labelled data: make bench BENCH_DATA=FOLDER (see benchmarks/README.md)"; exit 1; }
+	for name in statistics encodings; do \
+	  { date -u '+%Y-%m-%d'; uname -srm; $(BIN)/python -m benchmarks.$$name; } > $(WORK)/$$name.txt && mv $(WORK)/$$name.txt benchmarks/results/$$name.txt || exit 1; \
+	done
 	$(BIN)/python -m benchmarks.quantize --data "$(BENCH_DATA)" --write
 
 clean: ## Remove what the commands made, but not the results.

@@ -123,6 +123,13 @@ def _floors_text(raw: dict[str, Any]) -> str:
     )
 
 
+# Benchmarks whose printed table is kept as it is, by the name of their module.
+PRINTED = {
+    "statistics": "Memory of the calibration pass against the number of batches",
+    "encodings": "What each way to store weights costs to load and run",
+}
+
+
 def page(tasks: tuple[Task, ...]) -> str:
     """RESULTS.md from the saved runs."""
     parts = [
@@ -141,4 +148,8 @@ def page(tasks: tuple[Task, ...]) -> str:
                 f"VNNI: {'yes' if m['vnni'] else 'no'}), ONNX Runtime {m['versions']['onnxruntime']}"
             )
             parts.append(f"## {task.title}\n\n{where}.\n\n{table(task, raw)}")
+    for name, title in PRINTED.items():
+        path = FOLDER / f"{name}.txt"
+        if path.exists():
+            parts.append(f"## {title}\n\n```text\n{path.read_text().strip()}\n```\n")
     return "\n".join(parts)
