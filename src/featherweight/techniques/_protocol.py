@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
@@ -29,7 +29,8 @@ class Context:
     earlier measurement wants in float; `fragile` those that may be stored in few bits but not computed in integers
     (see `for_technique`); `notes` collects why something was left alone; `cache` shares arithmetic
     between `estimate` and `apply`, keyed by (model sha, site, action); `thorough` False lets `options` leave out what
-    another technique nearly always does better, so that the search need not estimate it.
+    another technique nearly always does better, so that the search need not estimate it; `input_shapes` concrete
+    shapes of the model's inputs, for counting operations and following channels (empty: those of the graph).
     """
 
     profile: Profile
@@ -40,6 +41,7 @@ class Context:
     notes: list[Note] = field(default_factory=list)
     cache: dict[Any, Any] = field(default_factory=dict)
     thorough: bool = True
+    input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def for_technique(self, technique: Technique) -> Context:
         """The context a technique should see: for those that compute in integers, fragile nodes stay in float."""
@@ -73,11 +75,14 @@ class Estimate:
 
     `size_bytes`: the bytes of the site afterwards (not a difference). `noise`: E||dy||^2 / E||y - mean y||^2 at
     the outputs of the site's consumers, in closed form: tr(dW C dW^T) plus the rounding noise of the activation
-    where the action computes in integers.
+    where the action computes in integers. `work`: multiply-accumulates of the site's nodes afterwards over before.
+    `at`: for a group of channels, the noise at each weight that reads them (`noise` is then the sum).
     """
 
     size_bytes: int
     noise: float
+    work: float = 1.0
+    at: tuple[tuple[str, float], ...] = ()
 
 
 @runtime_checkable
