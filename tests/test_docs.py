@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import pkgutil
 import re
@@ -14,6 +15,14 @@ import featherweight.cli
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = [m.name for m in pkgutil.iter_modules(featherweight.cli.__path__) if not m.name.startswith("_")]
+
+GROUPS = [m.name for m in pkgutil.iter_modules(featherweight.cli.__path__) if m.ispkg]
+
+
+def submodules(group: str) -> list[str]:
+    """The commands of a group."""
+    folders = importlib.import_module(f"featherweight.cli.{group}").__path__
+    return [m.name for m in pkgutil.iter_modules(folders) if not m.name.startswith("_")]
 
 
 def anchor(heading: str) -> str:
@@ -43,8 +52,10 @@ def test_every_option_in_the_documentation_exists() -> None:
     from click.testing import CliRunner
 
     known = {"--help", "--version"}
-    for name in COMMANDS:
-        known |= set(re.findall(r"--[a-z0-9-]+", CliRunner().invoke(featherweight.cli.group, [name, "--help"]).output))
+    inner = [[name, sub] for name in GROUPS for sub in submodules(name)]
+    for names in [*([name] for name in COMMANDS), *inner]:
+        shown = CliRunner().invoke(featherweight.cli.group, [*names, "--help"]).output
+        known |= set(re.findall(r"--[a-z0-9-]+", shown))
     for page in PAGES:
         for block in re.findall(r"featherweight [a-z]+ [^`\n]*", page.read_text(encoding="utf-8")):
             assert set(re.findall(r"--[a-z0-9-]+", block)) <= known, f"{page.name}: {block}"

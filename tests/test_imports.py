@@ -30,11 +30,13 @@ ALLOWED = {
     "techniques": MEASURED,
     "search": SEARCHED,
     "report": BASE,
+    "embeddings": SEARCHED,
+    "words": SEARCHED | {"embeddings"},
     "inspection": SEARCHED,
     "pipeline": SEARCHED | {"inspection", "report"},
     "testing": SEARCHED,
     "demo": SEARCHED | {"pipeline", "inspection", "report"},
-    "cli": SEARCHED | {"pipeline", "inspection", "report", "demo"},
+    "cli": SEARCHED | {"pipeline", "inspection", "report", "demo", "embeddings", "words"},
     "__init__": set(),
 }
 

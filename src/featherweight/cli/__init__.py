@@ -15,11 +15,14 @@ import click
 
 
 class Commands(click.Group):
-    """A group whose commands are the modules of this package."""
+    """A group whose commands are the modules of a package: by default this one."""
+
+    package = __name__
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  # click's signature
         """All command names, sorted."""
-        return sorted(info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("_"))
+        folders = importlib.import_module(self.package).__path__
+        return sorted(info.name for info in pkgutil.iter_modules(folders) if not info.name.startswith("_"))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of one module, or None. Raises click.UsageError with near names where there are some."""
@@ -28,9 +31,9 @@ class Commands(click.Group):
             if near and not ctx.resilient_parsing:
                 ctx.fail(f"there is no command {cmd_name!r}; did you mean {' or '.join(near)}?")
             return None
-        command: Any = importlib.import_module(f"{__name__}.{cmd_name}").command
+        command: Any = importlib.import_module(f"{self.package}.{cmd_name}").command
         if not isinstance(command, click.Command):
-            raise TypeError(f"{__name__}.{cmd_name}.command must be a click command, but got {command!r}")
+            raise TypeError(f"{self.package}.{cmd_name}.command must be a click command, but got {command!r}")
         return command
 
 
