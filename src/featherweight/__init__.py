@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from featherweight import words
     from featherweight.core import (
         Action,
         Attempt,
@@ -92,10 +93,13 @@ __all__ = [
     "decide",
     "frontier",
     "inspect",
+    "words",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "words":
+        return importlib.import_module("featherweight.words")
     home = _HOME_OF.get(name)
     if home is None:
         raise AttributeError(f"module 'featherweight' has no attribute {name!r}")
