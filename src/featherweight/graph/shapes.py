@@ -97,6 +97,11 @@ def _fix_computed_shapes(model: ir.Model, known: Mapping[str, Known]) -> int:
 
 def _infer_once(model: ir.Model) -> dict[str, Known]:
     proto, _ = bare_proto(model)
+    for node in proto.graph.node:
+        if node.op_type in _SAME_SHAPE and not node.domain:
+            # Operators defined as functions have no inference of their own; their shape is that of their input.
+            node.op_type = "Identity"
+            del node.input[1:], node.output[1:], node.attribute[:]
     try:
         inferred = onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False)
         found = ir.serde.deserialize_model(inferred)
@@ -137,6 +142,7 @@ def _data_stay_small(model: ir.Model) -> bool:
     return not expands or largest <= _VECTOR
 
 
+_SAME_SHAPE = frozenset({"GroupNormalization", "RMSNormalization", "MeanVarianceNormalization"})
 _EXPANDING = frozenset({"ConstantOfShape", "Expand", "Tile", "Range", "Pad", "OneHot", "EyeLike"})
 _INTEGERS = frozenset({ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL})
 _VECTOR = 100_000

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from featherweight.graph.channels import contracting, elementwise, recurrent, reshaping, selecting
 from featherweight.graph.channels.cutting import KEPT, IllegalCutError, cut_slots, kept
 from featherweight.graph.channels.follow import Rule, concrete, follow
-from featherweight.graph.channels.groups import Channels, Group, Reading, grouped
+from featherweight.graph.channels.groups import Channels, Group, Reading, grouped, repaired
 
 RULES: dict[str, Rule] = {
     **elementwise.RULES, **reshaping.RULES, **selecting.RULES, **contracting.RULES, **recurrent.RULES,
@@ -32,6 +32,7 @@ __all__ = [
     "cut",
     "cuttable",
     "kept",
+    "repaired",
 ]
 
 

@@ -151,13 +151,13 @@ class Cutting:
                 wanted[axis] = size
             self.set_input(node, index, wanted)
             return
-        self.edits.append(lambda namer: _overwrite(node, value, sizes, rank, namer))
+        self.edits.append(lambda namer: _overwrite(node, index, sizes, rank, namer))
 
 
-def _overwrite(node: ir.Node, value: ir.Value, sizes: Mapping[int, int], rank: int, namer: surgery.Namer) -> None:
+def _overwrite(node: ir.Node, index: int, sizes: Mapping[int, int], rank: int, namer: surgery.Namer) -> None:
     """Where(mask, sizes, computed shape) in front of `node`."""
-    graph = node.graph
-    if not isinstance(graph, ir.Graph):
+    graph, value = node.graph, node.inputs[index]
+    if not isinstance(graph, ir.Graph) or value is None:
         raise ModelError(f"node {node.name!r} must be in a graph")
     mask, fixed = np.zeros(rank, np.bool_), np.zeros(rank, np.int64)
     for axis, size in sizes.items():
@@ -167,7 +167,7 @@ def _overwrite(node: ir.Node, value: ir.Value, sizes: Mapping[int, int], rank: i
     ]
     chosen = surgery.make_node(namer, "Where", [*stored, value], f"{node.name}.shape")
     surgery.insert_before(node, [chosen])
-    node.replace_input_with(next(i for i, v in enumerate(node.inputs) if v is value), chosen.outputs[0])
+    node.replace_input_with(index, chosen.outputs[0])
 
 
 def cut_slots(f: Following, rules: Mapping[str, Rule], gone: npt.NDArray[np.bool_], *, dry: bool = False) -> None:
@@ -217,6 +217,7 @@ def _commit(c: Cutting) -> None:
     for edit in c.edits:
         edit(namer)
     _restate(c)
+    surgery.remove_unused(c.f.model)
 
 
 def _store(base: ir.Value, array: Array) -> None:

@@ -278,8 +278,6 @@ def _walk(graph: ir.Graph, f: Following, rules: Mapping[str, Rule]) -> None:
             domain = "" if node.domain in STANDARD else f"{node.domain}::"
             f.freeze(node, f"goes through {domain}{node.op_type}, which cannot be followed")
         _pass_sums_on(node, f)
-        if node.op_type in SAME_SHAPE and node.outputs and (shape := f.dims(node.inputs[0])) is not None:
-            f.sizes.setdefault(node.outputs[0].name or "", shape)
 
 
 def graphs_in(attribute: ir.Attr) -> list[ir.Graph]:
@@ -290,11 +288,6 @@ def graphs_in(attribute: ir.Attr) -> list[ir.Graph]:
         return [attribute.as_graph()]
     return list(attribute.as_graphs()) if attribute.type == ir.AttributeType.GRAPHS else []
 
-
-SAME_SHAPE = frozenset(
-    {"GroupNormalization", "LayerNormalization", "InstanceNormalization", "BatchNormalization", "RMSNormalization"}
-)
-"""Operators through which a shape passes even where inference does not know them."""
 
 CONTRACTIONS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN", "Einsum"})
 

@@ -6,8 +6,9 @@ makes, among which one chooses.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from featherweight.core import Note
-from featherweight.graph.channels.follow import Birth, Following, Reader
+from featherweight.graph.channels.follow import Birth, Following
 from featherweight.graph.channels.slots import I64, joined
 
 
@@ -156,7 +157,7 @@ class _Maker:
         ids = np.unique(np.concatenate([self.units[b.slots] for b in births]))
         ids = ids[~self.held[ids]]
         number = {int(u): i for i, u in enumerate(ids)}
-        readings = tuple(r for reader in self.f.readers for r in self._readings(reader, number))
+        units = tuple(self.atoms_of(int(u)) for u in ids)
         tensors, nodes = self._touched(ids)
         floors = []
         for array in self._arrays:
@@ -166,27 +167,14 @@ class _Maker:
         makers = tuple(dict.fromkeys(b.node for b in births))
         return Group(
             f"channels of {makers[0]}",
-            tuple(self.atoms_of(int(u)) for u in ids),
+            units,
             makers,
-            readings,
+            readings(self.f, self.atoms, units),
             tensors,
             nodes,
             self._parts(ids),
             tuple(floors),
         )
-
-    def _readings(self, reader: Reader, number: Mapping[int, int]) -> list[Reading]:
-        found = []
-        for part, slots in enumerate(reader.slots):
-            owners = [number.get(int(u), -1) for u in self.units[slots]]
-            if max(owners) < 0:
-                continue
-            columns: list[list[int]] = [[] for _ in number]
-            for channel, unit in enumerate(owners):
-                if unit >= 0:
-                    columns[unit].extend(range(channel * reader.width, (channel + 1) * reader.width))
-            found.append(Reading(reader.tensor, reader.node, part, tuple(np.array(c, np.int64) for c in columns)))
-        return found
 
     def _touched(self, ids: I64) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Stored tensors that would shrink, and layers that would work less."""
@@ -218,6 +206,29 @@ class _Maker:
         if rows is None or len(np.unique(rows)) != rows.size or not np.array_equal(np.unique(rows), own):
             return None
         return rows
+
+
+def readings(f: Following, atoms: I64, units: Sequence[I64]) -> tuple[Reading, ...]:
+    """Which columns of which weights each unit (its classes of slots) owns."""
+    number = {int(a): u for u, members in enumerate(units) for a in members}
+    found = []
+    for reader in f.readers:
+        for part, slots in enumerate(reader.slots):
+            owners = [number.get(int(a), -1) for a in atoms[slots]]
+            if max(owners) < 0:
+                continue
+            columns: list[list[int]] = [[] for _ in units]
+            for channel, unit in enumerate(owners):
+                if unit >= 0:
+                    columns[unit].extend(range(channel * reader.width, (channel + 1) * reader.width))
+            found.append(Reading(reader.tensor, reader.node, part, tuple(np.array(c, np.int64) for c in columns)))
+    return tuple(found)
+
+
+def repaired(channels: Channels, group: Group, order: I64) -> Group:
+    """The group with its parts' classes put together anew: unit u has the classes order[:, u] (parts, n)."""
+    units = tuple(np.unique(column) for column in order.T)
+    return dataclasses.replace(group, units=units, readings=readings(channels.following, channels.classes, units))
 
 
 def _frozen_notes(f: Following, atoms: I64, free: list[I64], single: list[tuple[Group, list[int]]]) -> tuple[Note, ...]:

@@ -117,7 +117,7 @@ class Parting:
         """Parts shrink; each must still be one stretch."""
         source = node.inputs[0]
         old = c.old(source)
-        if source is None or old is None:
+        if source is None or old is None or all(c.old(v) is None for v in node.outputs):
             return
         left, axis = c.left(source), _int(node, "axis", 0) % old.ndim
         if old.shape[axis] == 1:
@@ -247,14 +247,13 @@ class Picking:
         for axis, indices in (self._picks(node, old) or {}).items():
             before = old.take(indices.reshape(-1), axis=axis)
             staying = ~c.gone[before].all(axis=tuple(a for a in range(before.ndim) if a != axis))
-            wanted = before.take(np.flatnonzero(staying), axis=axis)
+            places = np.flatnonzero(staying)
+            wanted = before.take(places, axis=axis)
             if len(varying(old)) > 1:
                 raise c.refuse(node, "channels on two axes are picked from")
             where = positions(now, wanted.reshape(-1))
             self._rewrite(node, c, axis, old.ndim, where)
-            now = now.take(where, axis=axis)
-            target_left = c.moved(before, wanted, target) if before.size == target.size else wanted
-            now = target_left.reshape(now.shape)
+            now = target.reshape(before.shape).take(places, axis=axis)
         c.put(node, out, self._shaped(node, c.f, now))
 
     def _cut_table(self, node: ir.Node, c: Cutting) -> None:
