@@ -30,7 +30,8 @@ class Context:
     (see `for_technique`); `notes` collects why something was left alone; `cache` shares arithmetic
     between `estimate` and `apply`, keyed by (model sha, site, action); `thorough` False lets `options` leave out what
     another technique nearly always does better, so that the search need not estimate it; `input_shapes` concrete
-    shapes of the model's inputs, for counting operations and following channels (empty: those of the graph).
+    shapes of the model's inputs, for counting operations and following channels (empty: those of the graph);
+    `gains` how much of the noise at a weight reaches the outputs (missing: as much as at any other).
     """
 
     profile: Profile
@@ -42,6 +43,7 @@ class Context:
     cache: dict[Any, Any] = field(default_factory=dict)
     thorough: bool = True
     input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    gains: Mapping[str, float] = field(default_factory=dict)
 
     def for_technique(self, technique: Technique) -> Context:
         """The context a technique should see: for those that compute in integers, fragile nodes stay in float."""
