@@ -87,12 +87,28 @@ def resolved(W: F32, C: F64, keep_columns: IntArray, *, damping: float = DAMPING
 
 
 def damped(C: F64, damping: float) -> F64:
-    """A float64 copy of C (k, k), made symmetric, with `damping` of its mean diagonal added; zeros become identity."""
+    """A float64 copy of C (k, k), made symmetric, with `damping` of its mean diagonal added; zeros become identity.
+
+    Where that does not make it positive definite (few rows, stored in float32), ten times as much is added, and so on.
+    """
     H = np.asarray(C, np.float64)
     H = (H + H.T) / 2
     level = float(np.trace(H)) / max(len(H), 1)
-    H[np.diag_indices_from(H)] += damping * level if level > 0 else 1.0
+    diagonal, share = np.diag_indices_from(H), damping
+    own = H[diagonal]
+    H[diagonal] = own + (share * level if level > 0 else 1.0)
+    while level > 0 and share < 1 and not _is_positive(H):
+        share *= 10
+        H[diagonal] = own + share * level
     return H
+
+
+def _is_positive(H: F64) -> bool:
+    try:
+        np.linalg.cholesky(H)
+    except np.linalg.LinAlgError:
+        return False
+    return True
 
 
 @dataclass

@@ -32,8 +32,8 @@ I64 = npt.NDArray[np.int64]
 MULTIPLE = 8
 #: Shares of a group's units that options keep, before rounding to multiples.
 SHARES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3, 0.2, 0.1)
-#: Noise below this is no change at all: the channel is dead.
-NOTHING = 1e-9
+#: An input whose power is below this share of its neighbours' is taken for one that never comes.
+NOTHING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,28 @@ def _ranked(channels: Channels, group: Group, model: ir.Model, ctx: Context) -> 
         order = np.arange(len(group.units))
         return _within_floors(group, order, np.zeros((len(order), 0)))
     scales = [_gain(ctx, r) / max(c.signal, 1e-30) for r, c in zip(group.readings, consumers, strict=True)]
+    silent = _silent(group, consumers)
+    rest = [u for u in range(len(group.units)) if u not in silent]
     order, errors = _obs.removal_order(
-        [c.matrix for c in consumers], [c.second for c in consumers], [r.columns for r in group.readings], scales
+        [c.matrix for c in consumers],
+        [c.second for c in consumers],
+        [[r.columns[u] for u in rest] for r in group.readings],
+        scales,
     )
     signals = np.array([max(c.signal, 1e-30) for c in consumers])
-    return _within_floors(group, order, np.maximum(errors, 0.0) / signals)
+    noise = np.concatenate([np.zeros((len(silent), len(consumers))), np.maximum(errors, 0.0) / signals])
+    return _within_floors(group, np.array([*silent, *(rest[i] for i in order)], np.int64), noise)
+
+
+def _silent(group: Group, consumers: Sequence[_Consumer]) -> list[int]:
+    """Units of which no reader sees anything change: dead channels, and constant ones where a bias takes them."""
+    quiet = [
+        np.abs(np.diag(c.second)) <= NOTHING * max(float(np.trace(c.second)) / len(c.second), 0) for c in consumers
+    ]
+    return [
+        u for u in range(len(group.units))
+        if all(q[r.columns[u]].all() for q, r in zip(quiet, group.readings, strict=True))
+    ]  # fmt: skip
 
 
 def _gain(ctx: Context, reading: Reading) -> float:
@@ -197,7 +214,7 @@ def widths(group: Group, channels: Channels, found: Ranked, *, thorough: bool) -
     wanted = {max(step, round(share * n / step) * step) for share in shares} if n > step else set()
     if n <= 16:
         wanted |= set(range(1, n))
-    dead = int(np.searchsorted(found.noise.sum(axis=1) > NOTHING, True)) if found.noise.shape[1] else 0
+    dead = int((found.noise.sum(axis=1) == 0).sum()) if found.noise.shape[1] else 0
     if dead:
         wanted |= {n - dead, -(-(n - dead) // step) * step}
     least = n - found.most
@@ -250,7 +267,7 @@ def _solve_anew(model: ir.Model, weight: Weight, parts: dict[int, set[int]], ctx
         if found.matrix is None or not stay.size:
             continue
         second = identity(found, matrix.shape[2], part)
-        if np.abs(second[columns]).max(initial=0) == 0:
+        if np.abs(np.diag(second)[columns]).max(initial=0) <= NOTHING * float(np.trace(second)) / len(second):
             continue  # nothing ever comes in there: the rest stays bit by bit
         solved[part][:, stay] = _obs.resolved(matrix[part], second, stay)[:, : len(stay)]
     if not np.isfinite(solved).all():

@@ -57,6 +57,7 @@ class Convolution:
             f.births.append(_birth(node, f, weight, out))
         else:
             out = f.axis(weight, 0, born_at=f.where(node))
+        f.shares[weight.base] = [out] if inputs == groups else [channels, out]
         if inputs == groups:  # depthwise: a channel in, its own channels out
             f.slots.link(out.reshape(groups, -1), channels[:, None])
         else:

@@ -79,6 +79,7 @@ class Following:
     births: list[Birth] = field(default_factory=list)
     readers: list[Reader] = field(default_factory=list)
     constraints: list[Constraint] = field(default_factory=list)
+    shares: dict[ir.Value, list[I64]] = field(default_factory=dict)
     work: dict[ir.Node, list[tuple[float, list[I64]]]] = field(default_factory=dict)
     summed: dict[ir.Value, I64] = field(default_factory=dict)
     handled: set[tuple[ir.Node, int]] = field(default_factory=set)

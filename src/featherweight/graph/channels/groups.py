@@ -76,8 +76,9 @@ class Channels:
     def bytes_left(self, gone: npt.NDArray[np.bool_]) -> dict[str, float]:
         """Share that is left of each stored tensor that would be cut, by name."""
         found: dict[str, float] = {}
-        for base, axes in self.following.stored.items():
-            share = float(np.prod([1 - gone[s].mean() for s in axes.values()]))
+        for base in {**self.following.stored, **self.following.shares}:
+            axes = self.following.shares.get(base) or list(self.following.stored.get(base, {}).values())
+            share = float(np.prod([1 - gone[s].mean() for s in axes]))
             if share < 1:
                 found[base.name or ""] = share
         for base, slots in self.following.whole.items():
@@ -179,8 +180,9 @@ class _Maker:
     def _touched(self, ids: I64) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Stored tensors that would shrink, and layers that would work less."""
         tensors: dict[str, None] = {}
-        for base, axes in self.f.stored.items():
-            if any(np.isin(self.units[s], ids).any() for s in axes.values()):
+        for base in {**self.f.stored, **self.f.shares}:
+            axes = self.f.shares.get(base) or list(self.f.stored.get(base, {}).values())
+            if any(np.isin(self.units[s], ids).any() for s in axes):
                 tensors[base.name or ""] = None
         for base, slots in self.f.whole.items():
             if np.isin(self.units[slots], ids).any():

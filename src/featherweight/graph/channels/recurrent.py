@@ -46,6 +46,7 @@ class Recurrent:
         both = outer + inner
         inputs = [] if carried is None else [carried]
         f.work[node] = [(outer / both, [units, *inputs]), (inner / both, [units, units])]
+        f.shares[w.base], f.shares[r.base] = [units, *inputs], [units, units]
         self._see_parameters(node, f, units)
         for value, shape in zip(node.outputs, ((1, -1, 1), (-1, 1), (-1, 1)), strict=False):
             if value.name:
@@ -59,6 +60,8 @@ class Recurrent:
             tensor = f.tensor(node, index)
             if index in _STATES and _zero(value):
                 continue
+            if tensor is not None:
+                f.shares.setdefault(tensor.base, [units])
             if tensor is None:
                 f.slots.freeze(units, f.where(node), f"its input {index} is computed")
             elif len(list(tensor.base.uses())) > 1 or tensor.order != tuple(range(len(tensor.order))):

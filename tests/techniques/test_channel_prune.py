@@ -1,0 +1,193 @@
+"""channel_prune holds the contract of all techniques, and its own promises."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx.parser
+import onnx_ir as ir
+import pytest
+
+from featherweight.core import Action, Profile, Site
+from featherweight.errors import TechniqueError
+from featherweight.graph import channels as ch
+from featherweight.graph import io, surgery
+from featherweight.runtime import ort
+from featherweight.stats import collect
+from featherweight.techniques import Context, get
+from featherweight.testing.contract import TechniqueContract
+
+PROFILE = Profile("p", "x86_64", 1, 1 << 30, False)
+PRUNE = get("channel_prune")
+
+
+class TestChannelPrune(TechniqueContract):
+    technique = "channel_prune"
+
+
+def linear_pair(width: int, seed: int = 0) -> tuple[ir.Model, list[dict[str, np.ndarray]]]:
+    """x (N, 6) -> Gemm -> (N, width) -> Relu -> Gemm -> (N, 3), and calibration batches."""
+    rng = np.random.default_rng(seed)
+    model = ir.from_proto(
+        onnx.parser.parse_model("""<ir_version: 10, opset_import: ["" : 21]>
+        g (float[N, 6] x) => (float[N, 3] y) {
+          [fc1] h = Gemm<transB = 1>(x, w1, b1)
+          [act] a = Relu(h)
+          [fc2] y = Gemm<transB = 1>(a, w2, b2)
+        }""")
+    )
+    shapes = {"w1": (width, 6), "b1": (width,), "w2": (3, width), "b2": (3,)}
+    for name, shape in shapes.items():
+        surgery_value = next(v for n in model.graph for v in n.inputs if v is not None and v.name == name)
+        array = rng.normal(size=shape).astype(np.float32)
+        surgery_value.const_value = ir.Tensor(array, name=name)
+        surgery_value.type, surgery_value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
+        model.graph.register_initializer(surgery_value)
+    return model, [{"x": rng.normal(size=(64, 6)).astype(np.float32)} for _ in range(4)]
+
+
+def edit(model: ir.Model, **arrays: np.ndarray) -> None:
+    for name, array in arrays.items():
+        surgery.set_initializer(model.graph.initializers[name], array.astype(np.float32))
+
+
+def array(model: ir.Model, name: str) -> np.ndarray:
+    found = surgery.constant(model.graph.initializers[name])
+    assert found is not None
+    return found
+
+
+def context(model: ir.Model, feeds: list[dict[str, np.ndarray]] | None) -> Context:
+    return Context(PROFILE, None if feeds is None else collect(model, feeds, seed=0))
+
+
+def pruned(model: ir.Model, keep: int, ctx: Context, site: Site | None = None) -> ir.Model:
+    copy = surgery.copy_model(model)
+    PRUNE.apply(copy, site or next(iter(PRUNE.sites(model))), Action.of("channel_prune", keep=keep), ctx)
+    PRUNE.finish(copy, ctx)
+    return copy
+
+
+def run(model: ir.Model, feed: dict[str, np.ndarray]) -> np.ndarray:
+    return ort.session(io.to_bytes(model)).run(feed)["y"]
+
+
+def test_dead_channels_go_first_and_change_nothing():
+    model, feeds = linear_pair(8)
+    w1, b1 = array(model, "w1").copy(), array(model, "b1").copy()
+    w1[[2, 5]], b1[[2, 5]] = 0, [-1, 0]  # never above zero
+    edit(model, w1=w1, b1=b1)
+    ctx = context(model, feeds)
+    site = next(iter(PRUNE.sites(model)))
+    assert PRUNE.estimate(model, site, Action.of("channel_prune", keep=6), ctx).noise < 1e-9
+    assert Action.of("channel_prune", keep=6) in list(PRUNE.options(model, site, ctx))
+    cut = pruned(model, 6, ctx)
+    np.testing.assert_array_equal(array(cut, "w1"), w1[[0, 1, 3, 4, 6, 7]])
+    np.testing.assert_array_equal(array(cut, "w2"), array(model, "w2")[:, [0, 1, 3, 4, 6, 7]])
+    np.testing.assert_array_equal(run(cut, feeds[0]), run(model, feeds[0]))
+
+
+def test_a_copy_of_another_channel_costs_nothing_as_its_weight_moves_over():
+    model, feeds = linear_pair(8)
+    w1, b1 = array(model, "w1").copy(), array(model, "b1").copy()
+    w1[4], b1[4] = 2 * w1[1], 2 * b1[1]
+    edit(model, w1=w1, b1=b1)
+    cut = pruned(model, 7, context(model, feeds))
+    np.testing.assert_allclose(run(cut, feeds[0]), run(model, feeds[0]), atol=2e-3)
+    assert array(cut, "w1").shape == (7, 6)
+
+
+def test_a_constant_channel_goes_into_the_bias():
+    model, feeds = linear_pair(8)
+    w1, b1 = array(model, "w1").copy(), array(model, "b1").copy()
+    w1[3], b1[3] = 0, 5
+    edit(model, w1=w1, b1=b1)
+    cut = pruned(model, 7, context(model, feeds))
+    np.testing.assert_allclose(run(cut, feeds[0]), run(model, feeds[0]), atol=1e-3)
+
+
+def test_what_is_left_is_the_least_squares_solution():
+    model, feeds = linear_pair(8)
+    cut = pruned(model, 5, context(model, feeds))
+    x = np.concatenate([f["x"] for f in feeds])
+    hidden = np.maximum(x @ array(cut, "w1").T + array(cut, "b1"), 0)
+    target = np.concatenate([run(model, f) for f in feeds])
+    best = np.linalg.lstsq(np.c_[hidden, np.ones(len(hidden))], target, rcond=None)[0]
+    found = np.concatenate([run(cut, f) for f in feeds])
+    least = np.square(np.c_[hidden, np.ones(len(hidden))] @ best - target).sum()
+    assert np.square(found - target).sum() <= 1.02 * least
+
+
+def test_error_found_is_the_error_estimated():
+    model, feeds = linear_pair(16, seed=3)
+    ctx = context(model, feeds)
+    site = next(iter(PRUNE.sites(model)))
+    target = np.concatenate([run(model, f) for f in feeds])
+    power = np.square(target - target.mean(axis=0)).sum()
+    for keep in (14, 10, 6):
+        estimate = PRUNE.estimate(model, site, Action.of("channel_prune", keep=keep), ctx)
+        found = np.concatenate([run(pruned(model, keep, ctx), f) for f in feeds])
+        assert np.square(found - target).sum() / power == pytest.approx(estimate.noise, rel=0.05)
+        assert estimate.work == pytest.approx(keep / 16)
+
+
+def test_a_smaller_keep_never_gives_a_larger_model():
+    model, feeds = linear_pair(16)
+    ctx = context(model, feeds)
+    sizes = [len(io.to_bytes(pruned(model, keep, ctx))) for keep in range(1, 16)]
+    assert sizes == sorted(sizes)
+    site = next(iter(PRUNE.sites(model)))
+    estimates = [PRUNE.estimate(model, site, Action.of("channel_prune", keep=k), ctx) for k in range(1, 16)]
+    assert [e.noise for e in estimates] == sorted((e.noise for e in estimates), reverse=True)
+    assert [e.size_bytes for e in estimates] == [4 * k * (6 + 1 + 3) for k in range(1, 16)]
+
+
+def test_without_statistics_small_weights_go_first():
+    model, _ = linear_pair(8)
+    w2 = array(model, "w2").copy()
+    w2[:, 6] *= 1e-4
+    edit(model, w2=w2)
+    cut = pruned(model, 7, context(model, None))
+    np.testing.assert_array_equal(array(cut, "w2"), np.delete(w2, 6, axis=1))
+
+
+def test_wide_groups_keep_multiples_of_eight():
+    model, feeds = linear_pair(64)
+    site = next(iter(PRUNE.sites(model)))
+    keeps = [a.get("keep") for a in PRUNE.options(model, site, context(model, feeds))]
+    assert keeps
+    assert all(k % 8 == 0 for k in keeps)
+
+
+def test_nodes_asked_to_stay_are_left_alone():
+    model, feeds = linear_pair(8)
+    ctx = context(model, feeds)
+    ctx.keep_float = frozenset({"fc2"})
+    assert not list(PRUNE.options(model, next(iter(PRUNE.sites(model))), ctx))
+    assert ctx.notes[0].text == "its channels stay: fc2 was asked to stay as it is"
+
+
+@pytest.mark.parametrize("keep", [0, 9, -1])
+def test_a_width_out_of_range_is_refused(keep):
+    model, feeds = linear_pair(8)
+    with pytest.raises(TechniqueError, match=r"keep must be 1\.\.8 for 'channels of fc1', which has 8 units, but got"):
+        pruned(model, keep, context(model, feeds))
+
+
+def test_a_site_of_another_model_is_refused():
+    model, feeds = linear_pair(8)
+    with pytest.raises(TechniqueError, match="a group of removable channels of this model, but 'channels of x'"):
+        pruned(model, 4, context(model, feeds), Site("channels of x", "channel_group", (), (), 0))
+
+
+def test_kept_channels_are_told():
+    model, feeds = linear_pair(8)
+    w1 = array(model, "w1").copy()
+    b1 = array(model, "b1").copy()
+    w1[[0, 7]], b1[[0, 7]] = 0, 0
+    edit(model, w1=w1, b1=b1)
+    cut = pruned(model, 6, context(model, feeds))
+    value = next(v for n in cut.graph for v in n.outputs if v.name == "h")
+    found = ch.kept(value)
+    assert found is not None
+    assert found[0] == 1
+    assert found[1].tolist() == [1, 2, 3, 4, 5, 6]
