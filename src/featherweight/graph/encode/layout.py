@@ -12,9 +12,11 @@ import numpy as np
 
 from featherweight.errors import TechniqueError
 
-Kind = Literal["linear", "dequantize", "palette", "bitmask", "float16", "int_tensor", "lookup"]
+Kind = Literal["linear", "dequantize", "palette", "product", "bitmask", "float16", "int_tensor", "lookup"]
 Form = Literal["int8", "int4", "planes"]
-KINDS: tuple[Kind, ...] = ("linear", "dequantize", "palette", "bitmask", "float16", "int_tensor", "lookup")
+KINDS: tuple[Kind, ...] = (
+    "linear", "dequantize", "palette", "product", "bitmask", "float16", "int_tensor", "lookup",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Layout:
     `bits` is the width of a code, `form` how codes are stored: a tensor of that type, or packed fields of 4, 2
     and 1 bits ("planes"). `axis` and `block` place the scales: none, one a channel of `axis`, or one for each
     `block` entries along `axis` (the last block may be short). `groups` > 1: a codebook for each of that many
-    equal runs along axis 0. `nnz`: stored values of a bitmask. `half_scale`: scales stored as float16.
+    equal runs along axis 0; of a `product`, along axis 1. `stages`: codebooks whose vectors add up in a `product`.
+    `nnz`: stored values of a bitmask. `half_scale`: scales (of a `product`, codebooks) stored as float16.
     `inner`: for a lookup, the kind that is looked up. `rank` is that of its indices, -1 if unknown.
     """
 
@@ -36,6 +39,7 @@ class Layout:
     block: int = 0
     groups: int = 1
     levels: int = 0
+    stages: int = 1
     nnz: int = 0
     half_scale: bool = False
     integer: bool = False
@@ -79,6 +83,16 @@ class Layout:
         return 1 << self.bits if by_byte else self.levels
 
     @property
+    def book_shape(self) -> tuple[int, int]:
+        """Shape of a product's codebooks as stored: all vectors of all codebooks, one under another."""
+        return (self.stages * self.groups * self.levels, self.shape[1] // self.groups)
+
+    @property
+    def product_codes(self) -> Layout:
+        """The layout of a product's codes alone: (rows, stages * groups), one code a column."""
+        return replace(self, shape=(self.shape[0], self.stages * self.groups), groups=1, stages=1)
+
+    @property
     def code_shape(self) -> tuple[int, ...]:
         """The shape in which codes are unpacked."""
         return self.blocked_shape if self.block and self.kind == "linear" else self.shape
@@ -89,7 +103,8 @@ class Encoded:
     """A constant tensor in coded form: pure arrays, no graph.
 
     `nbytes` is what it adds to a model file (its arrays and decode nodes; the tables shared by all encodings of
-    a model, `shared_bytes`, not counted). `fields` are its arrays: `codes`, `scale`, `codebook`, `mask`, `values`.
+    a model, `shared_bytes`, not counted). `fields` are its arrays: `codes` or `indices`, `scale`, `codebook`, `mask`,
+    `values`.
     """
 
     kind: Kind

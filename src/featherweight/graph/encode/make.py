@@ -110,12 +110,47 @@ def palette(indices: Array, codebook: Array, bits: int) -> Encoded:
     return encoded(recipes.cheapest(layout), indices=indices.astype(np.uint8), codebook=book)
 
 
+def product(indices: Array, codebook: Array, bits: int, *, stages: int = 1) -> Encoded:
+    """Rows of vectors, each a run of columns named by an index (Jegou 2011, product quantization, TPAMI 33).
+
+    indices (rows, stages * groups) of 1..8 bits; codebook (stages * groups, levels, width) float32 or float16 (stored
+    so, widened). Columns run in `groups` of `width`; index j of stage s picks from codebook s * groups + j, and the
+    stages are summed (residual quantization). Shape (rows, groups * width), float32. Raises TechniqueError.
+    """
+    indices, book = np.asarray(indices), np.asarray(codebook)
+    require_elements(indices.shape, "product")
+    require_bits(bits, 1, 8, "product")
+    require_codes(indices, bits, signed=False, kind="product")
+    if book.ndim != 3 or book.size == 0 or book.dtype not in (np.float32, np.float16):
+        raise TechniqueError(
+            "the codebooks of a product must be float32 or float16 of shape (stages * groups, levels, width), "
+            f"but got {book.dtype} {book.shape}"
+        )
+    count, levels, width = book.shape
+    if indices.ndim != 2 or indices.shape[1] != count or stages < 1 or count % stages:
+        raise TechniqueError(
+            f"a product needs indices (rows, {count}), one a codebook, in {stages} equal stages, "
+            f"but got {indices.shape}"
+        )
+    if levels > 1 << bits or int(indices.max()) >= levels:
+        raise TechniqueError(
+            f"indices must be below the codebooks' {levels} levels, and those at most 2**bits = {1 << bits}, "
+            f"but the largest index is {int(indices.max())}"
+        )
+    if not np.isfinite(book).all():
+        raise TechniqueError("codebooks must be finite, but some values are not; check the table for large values")
+    shape = (len(indices), count // stages * width)
+    half = book.dtype == np.float16
+    layout = Layout("product", shape, bits, groups=count // stages, levels=levels, stages=stages, half_scale=half)
+    return encoded(recipes.cheapest(layout), indices=indices.astype(np.uint8), codebook=book)
+
+
 def bitmask(
     values: Array, mask: Array, *, scale: Array | float | None = None, bits: int = 8, axis: int | None = None
 ) -> Encoded:
     """Mask (any shape) bool; values (count of True,) in C order: float32, or with `scale` int codes of 2..8 bits.
 
-    What the mask leaves out is zero. Codes are stored as 4 or 8 bits; scale is () or (channels,) for `axis`.
+    What the mask leaves out is zero. Scale is () or (channels,) for `axis`.
     """
     mask, values = np.asarray(mask, bool), np.asarray(values).reshape(-1)
     require_elements(mask.shape, "bitmask")
@@ -130,9 +165,8 @@ def bitmask(
         require_codes(values, bits, signed=True, kind="bitmask")
     factor, axis = _scale_array(scale), _axis(axis, mask.ndim, "bitmask")
     layout = Layout(
-        "bitmask", mask.shape, 4 if bits <= 4 else 8, axis=axis, nnz=count, integer=True,
-        half_scale=factor.dtype == np.float16,
-    )  # fmt: skip
+        "bitmask", mask.shape, bits, axis=axis, nnz=count, integer=True, half_scale=factor.dtype == np.float16
+    )
     if factor.shape != layout.scale_shape:
         raise TechniqueError(f"the scale of this bitmask must have shape {layout.scale_shape}, but got {factor.shape}")
     layout = recipes.cheapest(layout.canonical())
@@ -179,6 +213,8 @@ def decode(encoded: Encoded) -> Array:
             return _times_scale(fields["codes"], fields["scale"], layout)
         case "palette":
             return _look_up(fields["indices"], fields["codebook"], layout)
+        case "product":
+            return _sum_of_vectors(fields["indices"], fields["codebook"], layout)
         case "bitmask":
             dense = np.zeros(layout.shape, fields["values"].dtype)
             dense[fields["mask"]] = fields["values"]
@@ -207,6 +243,11 @@ def _look_up(indices: Array, book: Array, layout: Layout) -> Array:
     return np.asarray(book[group, indices])
 
 
+def _sum_of_vectors(indices: Array, book: Array, layout: Layout) -> Array:
+    vectors = book.astype(np.float32)[np.arange(indices.shape[1]), indices]
+    return np.asarray(vectors.reshape(len(indices), layout.stages, layout.shape[1]).sum(axis=1, dtype=np.float32))
+
+
 def arrays_of(encoded: Encoded) -> dict[str, Array]:
     """The arrays a recipe stores, by key, in any shape with the right elements in C order."""
     layout, fields = encoded.layout, encoded.fields
@@ -214,14 +255,20 @@ def arrays_of(encoded: Encoded) -> dict[str, Array]:
         return {"values": fields["values"]}
     if layout.kind == "bitmask":
         padded = np.append(fields["values"], np.zeros(1, fields["values"].dtype))
-        stored = {"mask": np.packbits(fields["mask"].reshape(-1), bitorder="little"), "values": padded}
-        return {**stored, "scale": fields["scale"]} if layout.integer else stored
+        mask = np.packbits(fields["mask"].reshape(-1), bitorder="little")
+        if not layout.integer:
+            return {"mask": mask, "values": padded}
+        return {"mask": mask, "scale": fields["scale"], **_codes.pack(padded, layout)}
     if layout.kind == "lookup":
         if layout.inner == "palette":
             return {**_rows.pack_rows(fields["indices"], layout), "codebook": _stored_book(encoded)}
+        if layout.inner == "product":
+            return {**_rows.pack_rows(fields["indices"], layout.product_codes), "codebook": fields["codebook"]}
         return {**_rows.pack_rows(fields["codes"], layout), "scale": fields["scale"]}
     if layout.kind == "palette":
         return {**_codes.pack(fields["indices"], layout), "codebook": _stored_book(encoded)}
+    if layout.kind == "product":
+        return {**_codes.pack(fields["indices"], layout.product_codes), "codebook": fields["codebook"]}
     codes = fields["codes"]
     if layout.block and layout.kind == "linear" and layout.axis is not None:
         missing = layout.n_blocks * layout.block - layout.shape[layout.axis]
@@ -242,11 +289,18 @@ def from_arrays(arrays: dict[str, Array], layout: Layout) -> Encoded:
         return encoded(layout, values=arrays["values"].reshape(layout.shape))
     if layout.kind == "bitmask":
         mask = np.unpackbits(arrays["mask"], bitorder="little")[: layout.size].astype(bool).reshape(layout.shape)
-        values = arrays["values"][:-1]
         if not layout.integer:
-            return encoded(layout, mask=mask, values=values)
-        scale = arrays["scale"].reshape(layout.scale_shape)
-        return encoded(layout, mask=mask, values=values.astype(np.int8), scale=scale)
+            return encoded(layout, mask=mask, values=arrays["values"][:-1])
+        values = _codes.unpack(arrays, layout, (layout.nnz + 1,), signed=True)[:-1]
+        return encoded(layout, mask=mask, values=values, scale=arrays["scale"].reshape(layout.scale_shape))
+    if "product" in (layout.kind, layout.inner):
+        held = layout.product_codes
+        if layout.kind == "lookup":
+            indices = _rows.unpack_rows(arrays, held, signed=False)
+        else:
+            indices = _codes.unpack(arrays, held, held.shape, signed=False)
+        book = arrays["codebook"].reshape(layout.stages * layout.groups, layout.levels, -1)
+        return encoded(layout, indices=indices, codebook=book)
     if layout.kind == "lookup":
         codes = _rows.unpack_rows(arrays, layout, signed=layout.inner == "linear")
         if layout.inner == "palette":

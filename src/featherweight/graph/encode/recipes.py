@@ -14,7 +14,6 @@ from featherweight.graph.encode.sink import (
     BOOL,
     FLOAT,
     FLOAT16,
-    INT4,
     INT8,
     INT32,
     UINT8,
@@ -36,6 +35,8 @@ def emit(sink: Sink[H], layout: Layout) -> H:
             return _dequantize(sink, layout)
         case "palette":
             return _palette(sink, layout)
+        case "product":
+            return _product(sink, layout)
         case "bitmask":
             return _bitmask(sink, layout)
         case "float16":
@@ -114,6 +115,16 @@ def _palette(sink: Sink[H], layout: Layout) -> H:
     return value if runs == layout.shape else sink.op("Reshape", value, sink.fixed(np.array(layout.shape, np.int64)))
 
 
+def _product(sink: Sink[H], layout: Layout) -> H:
+    held = layout.product_codes
+    vectors = rows.product_vectors(sink, layout, codes.emit(sink, held, held.shape, signed=False))
+    if layout.stages > 1:
+        staged = np.array([layout.shape[0], layout.stages, layout.shape[1]], np.int64)
+        vectors = sink.op("Reshape", vectors, sink.fixed(staged))
+        return sink.op("ReduceSum", vectors, sink.fixed(np.array([1], np.int64)), keepdims=0)
+    return sink.op("Reshape", vectors, sink.fixed(np.array(layout.shape, np.int64)))
+
+
 def _bitmask(sink: Sink[H], layout: Layout) -> H:
     n = layout.size
     table = codes.shared_placed(sink, 1, 0, signed=False, lanes=8)
@@ -123,10 +134,9 @@ def _bitmask(sink: Sink[H], layout: Layout) -> H:
     place = sink.op("CumSum", cast(sink, mask, INT32), sink.fixed(np.array(0, np.int32)), exclusive=1)
     if not layout.integer:
         values, zero = sink.data("values", (layout.nnz + 1,), FLOAT), np.array(0, np.float32)
-    elif layout.form == "int4":
-        values, zero = cast(sink, sink.data("values", (layout.nnz + 1,), INT4), INT8), np.array(0, np.int8)
     else:
-        values, zero = sink.data("values", (layout.nnz + 1,), INT8), np.array(0, np.int8)
+        values, zero = codes.emit(sink, layout, (layout.nnz + 1,), signed=True), np.array(0, np.int8)
+        values = cast(sink, values, INT8) if layout.form == "int4" else values
     spread = sink.op("Where", cast(sink, mask, BOOL), sink.op("Gather", values, place), sink.fixed(zero))
     shaped = sink.op("Reshape", spread, sink.fixed(np.array(layout.shape, np.int64)))
     if not layout.integer:
@@ -136,10 +146,8 @@ def _bitmask(sink: Sink[H], layout: Layout) -> H:
 
 def forms(layout: Layout) -> tuple[Form, ...]:
     """The ways in which codes of this width can be stored."""
-    if layout.kind == "float16" or layout.bits == 8:
+    if layout.kind == "float16" or layout.bits >= 8:
         return ("int8",)
-    if layout.kind == "bitmask":
-        return ("int4",) if layout.bits <= 4 else ("int8",)
     if layout.bits == 4:
         return ("int4",)
     return ("planes", "int4", "int8") if layout.bits < 4 else ("planes", "int8")
@@ -154,7 +162,7 @@ def cheapest(layout: Layout) -> Layout:
 def stored(layout: Layout) -> Iterator[Layout]:
     """The layout in each form its codes can take; `bits` becomes what the form really holds."""
     for form in forms(layout):
-        held = layout.bits if form == "planes" or layout.kind in ("float16", "bitmask") else int(form[3:])
+        held = layout.bits if form == "planes" or layout.kind == "float16" or layout.bits > 8 else int(form[3:])
         yield dataclasses.replace(layout, form=form, bits=held)
 
 
@@ -183,19 +191,23 @@ def _shared_nbytes(layout: Layout) -> int:
 def sizes(
     shape: tuple[int, ...], kind: Kind, bits: int, *, axis: int | None = None, block: int = 0, groups: int = 1,
     levels: int | None = None, nnz: int = 0, half_scale: bool = False, scaled: bool = False, integer: bool = False,
+    stages: int = 1,
 ) -> int:  # fmt: skip
     """`Encoded.nbytes` of a tensor of this shape without building it; remembered, so the search may call it freely.
 
     `axis`, `block`, `half_scale` as in `linear`; `groups`, `levels` (2**bits), `integer` (int8 codebook) as in
-    `palette`; `nnz` set bits of a `bitmask`, `scaled` if its values are codes. A `lookup`
-    is of a palette if `levels` is given.
+    `palette`; `groups`, `levels`, `stages`, `half_scale` as in `product`; `nnz` set bits of a `bitmask`, `scaled` if
+    its values are codes. A `lookup` is of a `linear`.
     """
     if kind == "bitmask":
-        width = (4 if bits <= 4 else 8) if scaled else 32
+        width = bits if scaled else 32
         return _size(Layout(kind, shape, width, axis=axis, nnz=nnz, half_scale=half_scale, integer=scaled))
     if kind == "palette":
         levels = 1 << bits if levels is None else levels
         return _size(Layout(kind, shape, bits, groups=groups, levels=levels, integer=integer))
+    if kind == "product":
+        levels = 1 << bits if levels is None else levels
+        return _size(Layout(kind, shape, bits, groups=groups, levels=levels, stages=stages, half_scale=half_scale))
     if kind == "lookup":
         return nbytes(rows.lookup_layout(Layout("linear", shape, bits, axis=axis, block=block, half_scale=half_scale)))
     if kind in ("linear", "dequantize"):

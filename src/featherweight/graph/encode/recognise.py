@@ -17,6 +17,7 @@ from featherweight.graph.encode.match import INDEX, Found, constant, match
 from featherweight.graph.encode.sink import INT8, NARROW_FLOATS, Free, Op, Tree
 
 _MAX_INDEX_RANK = 6
+_MAX_STAGES = 9
 
 
 def read(model: ir.Model, value: ir.Value) -> Encoded | None:
@@ -87,12 +88,17 @@ def _candidates() -> Iterator[Layout]:
                 for block in (0, 1, 2):
                     yield Layout("linear", shape, bits, axis=0 if block else None, block=block, half_scale=half)
                 yield Layout("dequantize", shape, bits, half_scale=half)
-            for bits in (4, 8):
-                yield Layout("bitmask", shape, bits, integer=True, half_scale=half)
+            for bits in range(2, 9):
+                for nnz in (0, 7):  # with and without padding of the codes
+                    yield Layout("bitmask", shape, bits, nnz=nnz, integer=True, half_scale=half)
         yield Layout("bitmask", shape, 32)
         yield Layout("float16", shape)
         for bits in range(1, 9):
             yield Layout("int_tensor", shape, max(bits, 2))
+            if len(shape) == 2:
+                for half in (False, True):
+                    for stages in (1, 2):
+                        yield Layout("product", shape, bits, groups=shape[1], levels=2, stages=stages, half_scale=half)
             for groups in {1, 2, shape[0]}:
                 for integer in (False, True):
                     yield Layout("palette", shape, bits, groups=groups, levels=1, integer=integer)
@@ -104,6 +110,11 @@ def _lookup_candidates() -> Iterator[Layout]:
             for bits in range(1, 9):
                 base = Layout("linear", (2, columns), bits, rank=rank)
                 yield rows.lookup_layout(dataclasses.replace(base, kind="palette", levels=1))
+                for stages, half in ((1, False), (1, True), (2, False), (2, True)):
+                    product = dataclasses.replace(
+                        base, kind="product", levels=1, groups=columns // stages, stages=stages, half_scale=half
+                    )
+                    yield rows.lookup_layout(product)
                 for axis, block in ((None, 0), (0, 0), (1, columns)) if bits > 1 else ():
                     for half in (False, True):
                         yield rows.lookup_layout(dataclasses.replace(base, axis=axis, block=block, half_scale=half))
@@ -119,13 +130,16 @@ def _layouts(template: Layout, value: ir.Value, found: Found) -> Iterator[Layout
     if shape is None:
         return
     base = dataclasses.replace(template, shape=shape, axis=None, block=0)
-    if template.kind == "palette":
+    if template.kind == "product":
+        yield from _products(template, shape, found)
+    elif template.kind == "palette":
         book = _dims(found["codebook"])
         groups = book[0] if len(book) == 2 else 1
         if math.prod(book) and math.prod(shape) % groups == 0:
             yield dataclasses.replace(base, groups=groups, levels=book[-1])
     elif template.kind == "bitmask":
-        base = dataclasses.replace(base, nnz=math.prod(_dims(found["values"])) - 1)
+        bits = np.unpackbits(found["mask"].numpy(), bitorder="little")[: math.prod(shape)]
+        base = dataclasses.replace(base, nnz=int(np.count_nonzero(bits)))
         yield from _with_axis(base, value, found) if template.integer else [base]
     elif template.kind in ("linear", "dequantize"):
         yield from _with_axis(base, value, found)
@@ -181,6 +195,19 @@ def _shape(template: Layout, value: ir.Value, found: Found) -> tuple[int, ...] |
     return tuple(int(d) for d in target.numpy().reshape(-1)) if target is not None else None
 
 
+def _products(template: Layout, shape: tuple[int, ...], found: Found) -> Iterator[Layout]:
+    """Products of this shape whose codebooks have the stored shape."""
+    vectors, width = _dims(found["codebook"])
+    if len(shape) != 2 or not width or shape[1] % width or not shape[1]:
+        return
+    groups = shape[1] // width
+    stages = (1,) if template.stages == 1 else range(2, _MAX_STAGES)
+    for count in stages:
+        if vectors and vectors % (count * groups) == 0:
+            levels = vectors // (count * groups)
+            yield dataclasses.replace(template, shape=shape, groups=groups, stages=count, levels=levels)
+
+
 def _lookups(template: Layout, found: Found) -> Iterator[Layout]:
     """The looked-up tables that the stored rows allow; few, and `_confirm` leaves at most one."""
     count, stored = _dims(found[next(k for k in found if k == "codes" or k.startswith("field"))])
@@ -189,6 +216,15 @@ def _lookups(template: Layout, found: Found) -> Iterator[Layout]:
     columns = range(padded, max(padded - 8, 0), -1) if "codes" not in found else (padded,)
     ranks = range(_MAX_INDEX_RANK) if template.rank != rows.UNKNOWN_RANK else (rows.UNKNOWN_RANK,)
     scale = _dims(found["scale"]) if "scale" in found else ()
+    if template.inner == "product":
+        for held in columns:
+            for rank in ranks:
+                for stages in (1,) if template.stages == 1 else range(2, _MAX_STAGES):
+                    if held % stages == 0:
+                        shape = (count, held // stages * _dims(found["codebook"])[1])
+                        base = dataclasses.replace(template, rank=rank)
+                        yield from (p for p in _products(base, shape, found) if p.stages == stages)
+        return
     for dim in columns:
         options: list[dict[str, Any]] = [{"axis": None}, {"axis": 0}, {"axis": 1}]
         if len(scale) == 3 and scale[1] and dim % scale[1] == 0:

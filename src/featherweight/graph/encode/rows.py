@@ -23,14 +23,17 @@ UNKNOWN_RANK = -1
 def lookup(encoded: Encoded) -> Encoded:
     """The same (rows, dim) table, written so that Gather takes coded rows and decodes only those.
 
-    Takes a `linear` table (scale per tensor, row, column, or block of columns that divides dim) or a `palette` of one
-    codebook. Every reader must be a Gather on axis 0; `attach` checks it. Raises TechniqueError for anything else.
+    Takes a `linear` table (scale per tensor, row, column, or block of columns that divides dim), a `product`, or a
+    `palette` of one codebook. Every reader must be a Gather on axis 0; `attach` checks it. Raises TechniqueError for
+    anything else.
     """
     layout = encoded.layout
-    fits = layout.kind == "linear" or (layout.kind == "palette" and layout.groups == 1 and not layout.integer)
+    fits = layout.kind in ("linear", "product") or (
+        layout.kind == "palette" and layout.groups == 1 and not layout.integer
+    )
     if not fits or len(layout.shape) != 2:
         raise TechniqueError(
-            "only a linear or single-codebook palette table of shape (rows, dim) can be looked up, "
+            "only a linear, product or single-codebook palette table of shape (rows, dim) can be looked up, "
             f"but got {layout.kind} {layout.shape} with {layout.groups} codebooks; attach it folded instead"
         )
     if layout.block and (layout.axis != 1 or layout.shape[1] % layout.block):
@@ -66,6 +69,8 @@ def emit(sink: Sink[H], layout: Layout, index: H) -> H:
     """Decode the rows `index` of a table: its shape + (dim,)."""
     if layout.inner == "palette":
         return _palette_rows(sink, layout, index)
+    if layout.inner == "product":
+        return _product_rows(sink, layout, index)
     if layout.form == "int8":
         rows = cast(sink, sink.op("Gather", sink.data("codes", layout.shape, INT8), index), FLOAT)
     else:
@@ -83,6 +88,28 @@ def _palette_rows(sink: Sink[H], layout: Layout, index: H) -> H:
         width = fields[0][0]
         return _columns(sink, layout, index, _field_rows(sink, layout, index, width, _book_table(sink, book, width)))
     return sink.op("Gather", book, cast(sink, _code_rows(sink, layout, index, signed=False), INT32))
+
+
+def _product_rows(sink: Sink[H], layout: Layout, index: H) -> H:
+    codes = layout.product_codes
+    if layout.form == "int8":
+        picked = sink.op("Gather", sink.data("codes", codes.shape, UINT8), index)
+    else:
+        picked = _code_rows(sink, codes, index, signed=False)
+    vectors = product_vectors(sink, layout, picked)
+    if layout.stages == 1:
+        return _shaped(sink, layout, index, vectors, layout.shape[1])
+    staged = _shaped(sink, layout, index, vectors, layout.stages, layout.shape[1])
+    return sink.op("ReduceSum", staged, sink.fixed(np.array([-2], np.int64)), keepdims=0)
+
+
+def product_vectors(sink: Sink[H], layout: Layout, codes: H) -> H:
+    """Codes (..., stages * groups) of a product -> the vectors they name, (..., stages * groups, width)."""
+    book = sink.data("codebook", layout.book_shape, FLOAT16 if layout.half_scale else FLOAT)
+    if layout.half_scale:
+        book = cast(sink, book, FLOAT)
+    first = np.arange(layout.stages * layout.groups, dtype=np.int32) * np.int32(layout.levels)
+    return sink.op("Gather", book, sink.op("Add", cast(sink, codes, INT32), sink.fixed(first)))
 
 
 def _book_table(sink: Sink[H], book: H, width: int) -> H:
