@@ -23,7 +23,8 @@ TEXT_BATCH = 8
 
 
 def read(folder: Path, model: str, *, limit: int | None = None) -> Iterator[dict[str, np.ndarray]]:
-    """Feeds for `model` in order: images (1, 3, 224, 224) f32, or token arrays (b, t) int64."""
+    """Feeds for `model` in order: images (1, 3, 224, 224), text lines (1, 3, 48, 320) or mel windows (1, 160, 40) f32,
+    or token arrays (b, t) int64."""
     spec = json.loads((folder / "spec.json").read_text())
     n = spec["batches"] if limit is None else min(limit, spec["batches"])
     if spec["kind"] == "images":
@@ -33,14 +34,31 @@ def read(folder: Path, model: str, *, limit: int | None = None) -> Iterator[dict
             x = (pixels[i].astype(np.float32) / np.float32(255) - mean) / std
             yield {"image": np.ascontiguousarray(x.transpose(2, 0, 1)[None])}
         return
+    if spec["kind"] == "lines":
+        pixels = np.load(folder / "pixels.npy", mmap_mode="r")
+        for i in range(n):
+            yield {"x": line(pixels[i])}
+        return
+    if spec["kind"] == "voices":
+        mels = np.load(folder / "mels.npy", mmap_mode="r")
+        for i in range(n):
+            yield {"mels": np.array(mels[i : i + 1])}
+        return
     with np.load(folder / "tokens.npz") as tokens:
         for i in range(n):
             names = ("input_ids", "attention_mask", "token_type_ids")
             yield {name: tokens[f"{i}::{name}"] for name in names}
 
 
+def line(pixels: np.ndarray) -> np.ndarray:
+    """(48, w, 3) uint8 -> (1, 3, 48, w) f32 in -1 to 1, as PP-OCR's recogniser reads."""
+    x = (pixels.astype(np.float32) / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
+    return np.ascontiguousarray(x.transpose(2, 0, 1)[None])
+
+
 def labels(folder: Path) -> np.ndarray:
-    """Class indices (n,) int64, or similarity scores (n,) f64 of the pairs (rows 2i, 2i+1)."""
+    """Images: classes (n,) int64. Pairs (rows 2i, 2i + 1): scores (n,) f64. Lines: the classes they say, (n, 30).
+    Voices: speaker and group of each window, (n, 2)."""
     return np.asarray(np.load(folder / "labels.npy"))
 
 

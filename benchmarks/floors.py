@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 _ROWS, _WIDTH = 512, 1024
 _REPEATS = 60
+_PRODUCTS, _RECURRENT = ("Conv", "Gemm", "MatMul"), ("LSTM", "GRU")
 
 
 @dataclass(frozen=True)
@@ -44,25 +45,41 @@ def floors(path: Path, feed: dict[str, np.ndarray]) -> Floors:
 
 
 def macs(model: onnx.ModelProto, feed: dict[str, np.ndarray]) -> int:
-    """Multiply-accumulates of Conv, Gemm and MatMul in one call, from the shapes seen in a run."""
+    """Multiply-accumulates of one call, from the shapes seen in a run: see `macs_by_node`."""
+    return sum(macs_by_node(model, feed).values())
+
+
+def macs_by_node(model: onnx.ModelProto, feed: dict[str, np.ndarray]) -> dict[str, int]:
+    """The same by the name of each node's output: Conv, Gemm, MatMul, LSTM and GRU (their default layout)."""
     import onnxruntime as ort
 
     shapes = {w.name: tuple(w.dims) for w in model.graph.initializer}
-    nodes = [n for n in model.graph.node if n.op_type in ("Conv", "Gemm", "MatMul")]
-    wanted = sorted({v for n in nodes for v in (n.input[0], n.output[0])} - shapes.keys() - feed.keys())
+    nodes = [n for n in model.graph.node if n.op_type in (*_PRODUCTS, *_RECURRENT)]
+    read = {v for n in nodes for v in n.input[: 3 if n.op_type in _RECURRENT else 2]}
+    names = sorted((read | {_output(n) for n in nodes}) - shapes.keys() - feed.keys())
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
     kept = {o.name for o in probe.graph.output}
-    probe.graph.output.extend(onnx.ValueInfoProto(name=v) for v in wanted if v not in kept)
-    session = ort.InferenceSession(probe.SerializeToString(), providers=["CPUExecutionProvider"])
+    probe.graph.output.extend(onnx.ValueInfoProto(name=v) for v in names if v not in kept)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
     shapes.update({k: v.shape for k, v in feed.items()})
-    shapes.update({name: out.shape for name, out in zip(wanted, session.run(wanted, feed), strict=True)})
-    total = 0
-    for node in nodes:
-        # A convolution's reduction is its kernel's volume; else the left factor's last axis (no transA here).
-        reduced = np.prod(shapes[node.input[1]][1:]) if node.op_type == "Conv" else shapes[node.input[0]][-1]
-        total += int(np.prod(shapes[node.output[0]]) * reduced)
-    return total
+    shapes.update({name: out.shape for name, out in zip(names, session.run(names, feed), strict=True)})
+    return {_output(node): _node_macs(node, shapes) for node in nodes}
+
+
+def _output(node: onnx.NodeProto) -> str:
+    return str(next(o for o in node.output if o))
+
+
+def _node_macs(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]]) -> int:
+    if node.op_type in _RECURRENT:
+        # Steps and batch, times the input's and the state's matrices.
+        return int(np.prod(shapes[node.input[0]][:2]) * sum(np.prod(shapes[w]) for w in node.input[1:3]))
+    # A convolution's reduction is its kernel's volume; else the left factor's last axis (no transA here).
+    reduced = np.prod(shapes[node.input[1]][1:]) if node.op_type == "Conv" else shapes[node.input[0]][-1]
+    return int(np.prod(shapes[_output(node)]) * reduced)
 
 
 def peaks() -> tuple[float, float]:

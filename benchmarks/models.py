@@ -172,6 +172,13 @@ def _mean_pool(net: Network, x: str, mask: str) -> None:
 WRITERS = {"lite0": lite0.write, "mobilenetv2": write_mobilenetv2, "minilm": write_minilm}
 
 
+def weights(name: str) -> Path:
+    """The checkpoint that the network of that name is built from."""
+    if name == "minilm":
+        return package_file(*_MINILM) / "model.safetensors"
+    return lite0.weights_path() if name == "lite0" else package_file(*_MOBILENET)
+
+
 def write_all(folder: Path) -> dict[str, Path]:
     """The networks that are not in `folder` yet are written; returns all paths by name."""
     paths = {name: folder / f"{name}.onnx" for name in WRITERS}

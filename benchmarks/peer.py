@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-import feeds
+from benchmarks import feeds
 
 ORT_STATIC: dict[str, dict[str, Any]] = {
     "ort-static": {},

@@ -12,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from benchmarks import evaluate, feeds, latency, models, process, results, tasks
+from benchmarks import evaluate, feeds, latency, models, ocr, process, results, speech, tasks
 from benchmarks.floors import floors
 from benchmarks.results import Row
 from benchmarks.tasks import TASKS, Task
@@ -21,12 +21,13 @@ HERE = Path(__file__).parent
 WORK = HERE / ".work"
 PEER_LIMIT_S = 1800.0
 OURS_LIMIT_S = 3600.0
+WRITERS = {**models.WRITERS, "ppocr": ocr.write_ppocr, "resemblyzer": speech.write_resemblyzer}
 
 
 def original(task: Task) -> Path:
     """The float file, written if it is not there."""
     path = WORK / "models" / f"{task.name}.onnx"
-    return path if path.exists() else models.WRITERS[task.name](path)
+    return path if path.exists() else WRITERS[task.name](path)
 
 
 def make_peer(task: Task, tool: str, kept: dict[str, Row], *, redo: bool) -> tuple[Row, Path]:
@@ -40,12 +41,17 @@ def make_peer(task: Task, tool: str, kept: dict[str, Row], *, redo: bool) -> tup
         return Row(tool, error="not installed (make bench)"), out
     out.unlink(missing_ok=True)
     command = [python, "-m", "benchmarks.peer", tool, task.name, original(task), WORK / "data" / task.calibration, out]
-    return _made(tool, list(map(str, command)), out, PEER_LIMIT_S), out
+    return made_by(tool, list(map(str, command)), out, PEER_LIMIT_S), out
+
+
+def run_folder(task: Task, name: str) -> Path:
+    """Where a run of featherweight for the row `name` leaves its files."""
+    return WORK / "runs" / f"{task.name}-{name.replace(' ', '-')}"
 
 
 def make_ours(task: Task, name: str, asked: tuple[str, ...]) -> tuple[Row, Path]:
     """featherweight's file through its command line; nothing of an earlier run is kept."""
-    folder = WORK / "runs" / f"{task.name}-{name.replace(' ', '-')}"
+    folder = run_folder(task, name)
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     reading = [str(WORK / "models" / r) if r.endswith("tokenizer.json") else r for r in task.reading]
@@ -60,10 +66,10 @@ def make_ours(task: Task, name: str, asked: tuple[str, ...]) -> tuple[Row, Path]
         "-o",
         str(folder),
     ]
-    return _made(name, command, folder / "model.onnx", OURS_LIMIT_S), folder / "model.onnx"
+    return made_by(name, command, folder / "model.onnx", OURS_LIMIT_S), folder / "model.onnx"
 
 
-def _made(tool: str, command: list[str], out: Path, limit_s: float) -> Row:
+def made_by(tool: str, command: list[str], out: Path, limit_s: float) -> Row:
     log = WORK / "logs" / f"{out.parent.name}-{out.stem}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     cost = process.run(command, cwd=HERE.parent, log=log, limit_s=limit_s)
@@ -152,7 +158,7 @@ def main() -> None:
     if args.json:
         print(json.dumps(documents, indent=1))
     if args.write:
-        results.PAGE.write_text(results.page(TASKS))
+        results.write_page()
 
 
 if __name__ == "__main__":

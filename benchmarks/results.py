@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.floors import Floors
-from benchmarks.tasks import Task
+from benchmarks.tasks import MORE_TASKS, TASKS, Task
 
 FOLDER = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent / "RESULTS.md"
@@ -23,7 +23,7 @@ _PACKAGES = ("onnxruntime", "onnx", "numpy", "featherweight")
 
 @dataclass(frozen=True)
 class Row:
-    """One file. `wall_s`, `peak_bytes`: what making it cost. `error`: why a number is absent."""
+    """One file. `wall_s`, `peak_bytes`: what making it cost. `macs`: of one call. `error`: why a number is absent."""
 
     tool: str
     size_bytes: int | None = None
@@ -39,6 +39,7 @@ class Row:
     peak_bytes: int | None = None
     n: int | None = None
     error: str = ""
+    macs: int | None = None
 
 
 def machine() -> dict[str, Any]:
@@ -56,45 +57,53 @@ def machine() -> dict[str, Any]:
     }
 
 
-def load(task: Task) -> dict[str, Row]:
-    """Rows of the last run by tool; empty if there was none."""
-    path = FOLDER / f"{task.name}.json"
+def load(task: Task, *, kind: str = "") -> dict[str, Row]:
+    """Rows of the last run by tool; empty if there was none. `kind`: a prefix of the file's name, as in KINDS."""
+    path = FOLDER / f"{kind}{task.name}.json"
     if not path.exists():
         return {}
     return {raw["tool"]: Row(**raw) for raw in json.loads(path.read_text())["rows"]}
 
 
-def save(task: Task, rows: list[Row], floors: Floors) -> Path:
+def save(task: Task, rows: list[Row], floors: Floors | None = None, *, kind: str = "") -> Path:
     """Write a run with its date and machine."""
     raw = {
         "task": task.name,
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
         "rows": [dataclasses.asdict(row) for row in rows],
-        "floors": dataclasses.asdict(floors),
+        "floors": None if floors is None else dataclasses.asdict(floors),
     }
     FOLDER.mkdir(exist_ok=True)
-    path = FOLDER / f"{task.name}.json"
+    path = FOLDER / f"{kind}{task.name}.json"
     path.write_text(json.dumps(raw, indent=1) + "\n")
     return path
 
 
+def read(path: Path) -> dict[str, Any]:
+    """A saved run."""
+    raw: dict[str, Any] = json.loads(path.read_text())
+    return raw
+
+
 def table(task: Task, raw: dict[str, Any]) -> str:
-    """A saved run as Markdown: its rows, then its floors."""
-    lines = [
-        f"| {task.title} | MB | {task.metric} | drop (p) | {task.closeness} to float | speed | made in s | peak MB |",
-        f"|{' --- |' * 8}",
-        *(_line(Row(**row)) for row in raw["rows"]),
-    ]
-    return "\n".join(lines) + "\n\n" + _floors_text(raw)
+    """A saved run as Markdown: its rows, then its floors. A column of MACs if they were counted."""
+    rows = [Row(**row) for row in raw["rows"]]
+    whole = next((row.macs for row in rows if row.tool == "float"), None)
+    counted = "MACs | " if whole else ""
+    head = f"| {task.title} | MB | {counted}{task.metric} | drop (p) | {task.closeness} to float | speed | made in s |"
+    lines = [f"{head} peak MB |", f"|{' --- |' * (9 if whole else 8)}", *(_line(row, whole) for row in rows)]
+    return "\n".join(lines) + "\n" + (f"\n{_floors_text(raw)}" if raw["floors"] else "")
 
 
-def _line(row: Row) -> str:
+def _line(row: Row, whole: int | None) -> str:
+    blank = " |" if whole else ""
     if row.size_bytes is None:
-        return f"| {row.tool} | {row.error} | | | | | {_seconds(row)} | {_peak(row)} |"
+        return f"| {row.tool} | {row.error} |{blank} | | | | {_seconds(row)} | {_peak(row)} |"
     shown = [
         row.tool,
         f"{row.size_bytes / 1e6:.2f}",
+        *(["-" if row.macs is None else f"{row.macs / whole:.0%}"] if whole else []),
         "-" if row.metric is None else f"{row.metric:.4f}",
         "-" if row.drop is None or row.tool == "float" else f"{row.drop:+.4f} ({row.p:.2g})",
         "-" if row.closeness is None else f"{row.closeness:.4f}",
@@ -130,6 +139,19 @@ PRINTED = {
 }
 
 
+# Saved runs by the prefix of their files, and the heading of their part of the page.
+KINDS = {
+    "": "",
+    "structure-": "Fewer MACs without training",
+    "joint-": "Each technique alone and all together, at a drop of one point",
+}
+
+
+def write_page() -> None:
+    """RESULTS.md, all of it, from the saved runs."""
+    PAGE.write_text(page((*TASKS, *MORE_TASKS)))
+
+
 def page(tasks: tuple[Task, ...]) -> str:
     """RESULTS.md from the saved runs."""
     parts = [
@@ -138,18 +160,23 @@ def page(tasks: tuple[Task, ...]) -> str:
         "float original on the same samples.\nSpeed: float's time over this file's, one thread, interleaved, with "
         "quartiles. Made in s, peak MB: wall time and resident memory of the whole process tree.\n"
     ]
-    for task in tasks:
-        path = FOLDER / f"{task.name}.json"
-        if path.exists():
-            raw = json.loads(path.read_text())
-            m = raw["machine"]
-            where = (
-                f"{raw['date']}, {m['system']}, {m['cores']} cores ({', '.join(m['flags'])}; "
-                f"VNNI: {'yes' if m['vnni'] else 'no'}), ONNX Runtime {m['versions']['onnxruntime']}"
-            )
-            parts.append(f"## {task.title}\n\n{where}.\n\n{table(task, raw)}")
+    for kind, heading in KINDS.items():
+        found = [task for task in tasks if (FOLDER / f"{kind}{task.name}.json").exists()]
+        if heading and found:
+            parts.append(f"## {heading}\n")
+        parts += [_section(task, kind, "###" if heading else "##") for task in found]
     for name, title in PRINTED.items():
         path = FOLDER / f"{name}.txt"
         if path.exists():
             parts.append(f"## {title}\n\n```text\n{path.read_text().strip()}\n```\n")
     return "\n".join(parts)
+
+
+def _section(task: Task, kind: str, level: str) -> str:
+    raw = json.loads((FOLDER / f"{kind}{task.name}.json").read_text())
+    m = raw["machine"]
+    where = (
+        f"{raw['date']}, {m['system']}, {m['cores']} cores ({', '.join(m['flags'])}; "
+        f"VNNI: {'yes' if m['vnni'] else 'no'}), ONNX Runtime {m['versions']['onnxruntime']}"
+    )
+    return f"{level} {task.title}\n\n{where}.\n\n{table(task, raw)}"

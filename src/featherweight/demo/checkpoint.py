@@ -55,8 +55,8 @@ class _View:
     strides: tuple[int, ...]
 
 
-def read_checkpoint(path: Path) -> dict[str, np.ndarray]:
-    """Tensors by name, in file order, from a `.pth` holding one flat state dict.
+def read_checkpoint(path: Path, *, entry: str | None = None) -> dict[str, np.ndarray]:
+    """Tensors by name, in file order, from a `.pth` holding one flat state dict (or one under the key `entry`).
 
     Raises ModelError if the file is neither form, is truncated, or names anything but tensors.
     """
@@ -65,6 +65,7 @@ def read_checkpoint(path: Path) -> dict[str, np.ndarray]:
             views, buffers = _read_zip(path)
         else:
             views, buffers = _read_stream(path)
+        views = views if entry is None else views[entry]
     except (pickle.UnpicklingError, EOFError, KeyError, ValueError, TypeError, IndexError, zipfile.BadZipFile) as e:
         raise ModelError(f"{path.name} is not a readable PyTorch checkpoint of plain tensors: {e}") from e
     if not isinstance(views, dict) or not all(isinstance(v, _View) for v in views.values()):
@@ -160,6 +161,9 @@ def _read_buffer(f: IO[bytes], storage: _Storage) -> np.ndarray:
 
 
 def _storages(views: Any) -> list[_Storage]:
-    """The distinct storages under the tensors of a state dict."""
-    found = {v.storage.key: v.storage for v in views.values() if isinstance(v, _View)}
+    """The distinct storages under the tensors of a state dict and of dictionaries in it (an optimiser's state)."""
+    found: dict[str, _Storage] = {}
+    for value in views.values():
+        inner = [value.storage] if isinstance(value, _View) else _storages(value) if isinstance(value, dict) else []
+        found.update({storage.key: storage for storage in inner})
     return list(found.values())

@@ -37,9 +37,10 @@ class Network:
         self._weights.setdefault(name, numpy_helper.from_array(np.ascontiguousarray(array), name))
         return name
 
-    def node(self, op_type: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
-        """Add a node with one output, named like it."""
-        self._nodes.append(helper.make_node(op_type, list(inputs), [output], name=f"/{output}/{op_type}", **attributes))
+    def node(self, op_type: str, inputs: Sequence[str], output: str, *, place: int = 0, **attributes: Any) -> str:
+        """Add a node with one output, named like it; `place` counts the optional outputs left out before it."""
+        outputs = [""] * place + [output]
+        self._nodes.append(helper.make_node(op_type, list(inputs), outputs, name=f"/{output}/{op_type}", **attributes))
         return output
 
     def save(self, path: Path) -> None:
