@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from featherweight.graph import channels as ch
 from featherweight.graph import surgery
-from featherweight.graph.channels.follow import CONTRACTIONS
+from featherweight.graph.channels.follow import CONTRACTIONS, Following
 
 SUMS = ("ReduceMean", "ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare")
 
@@ -38,12 +38,14 @@ def masked(model: ir.Model, found: ch.Channels, removed: Iterable[int]) -> ir.Mo
     return copy
 
 
-def _mask_recurrent(node: ir.Node, following, gone, graph: ir.Graph, namer: surgery.Namer) -> None:  # type: ignore[no-untyped-def]
+def _mask_recurrent(
+    node: ir.Node, following: Following, gone: np.ndarray, graph: ir.Graph, namer: surgery.Namer
+) -> None:
     births = [b.slots for b in following.births if b.node == (node.name or "")]
     if not births:
         return
     stay = ~gone[np.stack(births)]
-    r = surgery.constant(node.inputs[2])
+    r = np.asarray(surgery.constant(node.inputs[2]))
     made = surgery.add_initializer(graph, namer("masked_r"), (r * stay[:, None, :]).astype(r.dtype))
     node.replace_input_with(2, made)
 

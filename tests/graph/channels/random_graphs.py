@@ -28,20 +28,19 @@ class Builder:
         return name
 
     def weight(self, *shape: int) -> str:
-        return self.const((self.rng.normal(size=shape) / np.sqrt(max(np.prod(shape[1:]), 1))).astype(np.float32))
+        fan = max(int(np.prod(shape[1:])), 1)
+        return self.const((self.rng.normal(size=shape) / np.sqrt(fan)).astype(np.float32))
 
     def ints(self, *values: int) -> str:
         return self.const(np.array(values, np.int64))
 
-    def node(self, op: str, *inputs: str, outputs: int = 1, **attributes: object) -> str | list[str]:
+    def node(self, op: str, *inputs: str, outputs: int = 1, **attributes: object) -> list[str]:
         names = [f"v{len(self.nodes)}_{i}" for i in range(outputs)]
         self.nodes.append(helper.make_node(op, list(inputs), names, name=f"n{len(self.nodes)}_{op}", **attributes))
-        return names[0] if outputs == 1 else names
+        return names
 
     def one(self, op: str, *inputs: str, **attributes: object) -> str:
-        made = self.node(op, *inputs, **attributes)
-        assert isinstance(made, str)
-        return made
+        return self.node(op, *inputs, **attributes)[0]
 
     def conv(self, x: str, cin: int, cout: int, k: int = 1, group: int = 1, *, bias: bool = True) -> str:
         inputs = [x, self.weight(cout, cin // group, k, k)] + ([self.weight(cout)] if bias else [])

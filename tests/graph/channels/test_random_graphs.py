@@ -7,13 +7,13 @@ import onnx_ir as ir
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from masking import chosen, masked
-from random_graphs import IMAGE_BLOCKS, TOKEN_BLOCKS, build
 
 from featherweight.graph import channels as ch
 from featherweight.graph import io, surgery
 from featherweight.graph.normalise import normalise
 from featherweight.runtime import ort
+from graph.channels.masking import chosen, masked
+from graph.channels.random_graphs import IMAGE_BLOCKS, TOKEN_BLOCKS, build
 
 RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
 images = st.lists(st.sampled_from(sorted(IMAGE_BLOCKS)), min_size=1, max_size=5)
