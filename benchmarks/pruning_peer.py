@@ -1,7 +1,8 @@
 """Torch-Pruning, one shot: `python -m benchmarks.pruning_peer TOOL NAME WEIGHTS FOLDER OUTPUT`.
 
 It runs in the tool's own environment, where featherweight is not installed. TOOL: `torch-pruning-30` (percent of MACs
-to remove), `torch-pruning-50`, with `-bn` after it to re-estimate batch statistics on FOLDER's calibration images.
+to remove), `torch-pruning-50`, with `-bn` after it to re-estimate batch statistics on FOLDER's calibration images, and
+`-8` after that to keep multiples of eight channels, which the runtime's kernels like.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 import torch_pruning as tp
+from onnx import numpy_helper
 from torch import nn
 
 from benchmarks import feeds, torch_networks
@@ -30,13 +33,13 @@ _PROBES = 12
 _BATCH = 50
 
 
-def prune(name: str, weights: Path, example: tuple[torch.Tensor, ...], gone: float) -> nn.Module:
+def prune(name: str, weights: Path, example: tuple[torch.Tensor, ...], gone: float, multiple: int | None) -> nn.Module:
     """The least uniform channel ratio, found by bisection, at which at least `gone` of the MACs are removed."""
     limit = (1 - gone) * macs(torch_networks.load(name, weights), example)
     low, high, best = 0.0, 1.0, None
     for _ in range(_PROBES):
         ratio = (low + high) / 2
-        net = pruned_at(torch_networks.load(name, weights), name, example, ratio)
+        net = pruned_at(torch_networks.load(name, weights), name, example, ratio, multiple)
         if macs(net, example) <= limit:
             high, best = ratio, net
         else:
@@ -46,7 +49,9 @@ def prune(name: str, weights: Path, example: tuple[torch.Tensor, ...], gone: flo
     return best
 
 
-def pruned_at(net: nn.Module, name: str, example: tuple[torch.Tensor, ...], ratio: float) -> nn.Module:
+def pruned_at(
+    net: nn.Module, name: str, example: tuple[torch.Tensor, ...], ratio: float, multiple: int | None
+) -> nn.Module:
     """Group L2 magnitude, the same ratio in every layer (the tool's defaults); the interface is left as it is."""
     options: dict[str, Any] = {}
     if name == "minilm":
@@ -64,7 +69,9 @@ def pruned_at(net: nn.Module, name: str, example: tuple[torch.Tensor, ...], rati
     else:
         options["ignored_layers"] = [m for m in net.modules() if isinstance(m, nn.Linear)][-1:]
     importance = tp.importance.GroupMagnitudeImportance(p=2)
-    pruner = tp.pruner.BasePruner(net, example, importance=importance, pruning_ratio=ratio, **options)
+    pruner = tp.pruner.BasePruner(
+        net, example, importance=importance, pruning_ratio=ratio, round_to=multiple, **options
+    )
     pruner.step()
     if name == "minilm":
         for layer in net.encoder["layer"]:
@@ -123,6 +130,26 @@ def export(net: nn.Module, name: str, example: tuple[torch.Tensor, ...], out: Pa
         opset_version=17,
         dynamo=False,
     )
+    model = onnx.load(out)
+    fold_pads(model)
+    onnx.save(model, out)
+
+
+def fold_pads(model: onnx.ModelProto) -> None:
+    """A Pad by constants in front of one Conv becomes that Conv's padding, as the runtime does not do by itself."""
+    constants = {w.name: numpy_helper.to_array(w) for w in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+    for pad in [n for n in model.graph.node if n.op_type == "Pad" and n.input[1] in constants]:
+        readers = [n for n in model.graph.node if pad.output[0] in n.input]
+        if len(readers) != 1 or readers[0].op_type != "Conv":
+            continue
+        own = next(a for a in readers[0].attribute if a.name == "pads")
+        added = constants[pad.input[1]].reshape(2, 4)[:, 2:].ravel()
+        own.ints[:] = [int(a + b) for a, b in zip(own.ints, added, strict=True)]
+        readers[0].input[0] = pad.input[0]
+        model.graph.node.remove(pad)
 
 
 def main(tool: str, name: str, weights: Path, folder: Path, out: Path) -> None:
@@ -130,8 +157,9 @@ def main(tool: str, name: str, weights: Path, folder: Path, out: Path) -> None:
     torch.manual_seed(0)
     feed = next(feeds.read(folder, name))
     example = tuple(torch.from_numpy(feed[k]) for k in INPUTS[name])
-    net = prune(name, weights, example, int(tool.split("-")[2]) / 100)
-    if tool.endswith("-bn"):
+    gone, extras = int(tool.split("-")[2]) / 100, tool.split("-")[3:]
+    net = prune(name, weights, example, gone, 8 if "8" in extras else None)
+    if "bn" in extras:
         reestimate(net, name, folder)
     export(net, name, example, out)
 

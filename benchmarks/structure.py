@@ -48,7 +48,7 @@ def entries(task: Task) -> list[Entry]:
             Entry(f"torch-pruning-{gone}"),
         ]
         if task.name in _NORMED:
-            rows.append(Entry(f"torch-pruning-{gone}-bn"))
+            rows += [Entry(f"torch-pruning-{gone}-bn"), Entry(f"torch-pruning-{gone}-bn-8")]
     return rows
 
 
