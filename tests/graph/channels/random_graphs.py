@@ -24,7 +24,7 @@ class Builder:
 
     def const(self, array: np.ndarray) -> str:
         name = f"k{len(self.stored)}"
-        self.stored.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        self.stored.append(numpy_helper.from_array(np.array(array, order="C"), name))
         return name
 
     def weight(self, *shape: int) -> str:
@@ -243,6 +243,17 @@ def _attention_packed(b: Builder) -> None:
     b.x = b.linear(_attend(b, q, k, v, 12), 12, b.c)
 
 
+def _attention_stacked(b: Builder) -> None:
+    stacked = b.one("Reshape", b.linear(b.x, b.c, 36), b.ints(0, 0, 3, 4, 3))
+    stacked = b.one("Transpose", stacked, perm=[2, 0, 3, 1, 4])
+    if b.rng.integers(2):
+        q, k, v = (b.one("Gather", stacked, b.const(np.array(i, np.int64)), axis=0) for i in range(3))
+    else:
+        cuts = [b.one("Slice", stacked, b.ints(i), b.ints(i + 1), b.ints(0)) for i in range(3)]
+        q, k, v = (b.one("Squeeze", c, b.ints(0)) for c in cuts)
+    b.x = b.one("Add", b.x, b.linear(_attend(b, q, k, v, 12), 12, b.c))
+
+
 def _attention_grouped(b: Builder) -> None:
     q = _heads(b, b.linear(b.x, b.c, 12), 4, 3)
     pairs = []
@@ -284,7 +295,7 @@ IMAGE_BLOCKS: dict[str, Block] = {
 TOKEN_BLOCKS: dict[str, Block] = {
     f.__name__[1:]: f
     for f in (
-        _mlp, _pre_norm, _attention, _attention_packed, _attention_grouped, _attention_one_head, _recurrent,
+        _mlp, _pre_norm, _attention, _attention_packed, _attention_stacked, _attention_grouped, _attention_one_head, _recurrent,
     )
 }  # fmt: skip
 

@@ -166,10 +166,10 @@ class Picking:
         self._no_channel_indices(node, f)
         moving = {a: i for a, i in picked.items() if array.shape[a] > 1}
         for axis, indices in moving.items():
-            if indices.ndim == 0 or len(np.unique(indices)) == 1:
-                f.slots.freeze(array.take(indices.reshape(-1), axis=axis), f.where(node), "is read alone")
-                return
             taken = array.take(indices.reshape(-1), axis=axis)
+            if len(np.unique(indices)) == 1 and varying(array) == (axis,):
+                f.slots.freeze(taken, f.where(node), "is read alone")
+                return
             array = f.slots.new(taken.shape) if len(np.unique(taken)) < taken.size else taken
             if array is not taken:
                 f.slots.link(array, taken)
@@ -182,7 +182,7 @@ class Picking:
         axis, source = _int(node, "axis", 0) % array.ndim, node.inputs[1]
         rank = len(f.dims(source) or ())
         if array.shape[axis] > 1:
-            return array
+            return array  # picked by a list of positions: the axis stays
         return array.reshape((*array.shape[:axis], *[1] * rank, *array.shape[axis + 1 :]))
 
     def _no_channel_indices(self, node: ir.Node, f: Following) -> None:
@@ -245,16 +245,26 @@ class Picking:
             return
         now = c.left(source)
         for axis, indices in (self._picks(node, old) or {}).items():
-            before = old.take(indices.reshape(-1), axis=axis)
-            staying = ~c.gone[before].all(axis=tuple(a for a in range(before.ndim) if a != axis))
-            places = np.flatnonzero(staying)
-            wanted = before.take(places, axis=axis)
-            if len(varying(old)) > 1:
-                raise c.refuse(node, "channels on two axes are picked from")
-            where = positions(now, wanted.reshape(-1))
-            self._rewrite(node, c, axis, old.ndim, where)
-            now = target.reshape(before.shape).take(places, axis=axis)
+            alive = self._slices_left(node, c, old, now, axis)
+            places = np.flatnonzero(np.isin(indices.reshape(-1), alive))
+            where = np.searchsorted(alive, indices.reshape(-1)[places])
+            if not len(places):
+                raise c.refuse(node, "nothing would be left")
+            if len(alive) < old.shape[axis]:
+                self._rewrite(node, c, axis, old.ndim, where)
+            before, now = old.take(indices.reshape(-1)[places], axis=axis), now.take(where, axis=axis)
+            if len(np.unique(old.take(indices.reshape(-1), axis=axis))) < indices.size:
+                now = target.reshape(old.take(indices.reshape(-1), axis=axis).shape).take(places, axis=axis)
+            old = before
         c.put(node, out, self._shaped(node, c.f, now))
+
+    def _slices_left(self, node: ir.Node, c: Cutting, old: I64, now: I64, axis: int) -> I64:
+        """Old places along one axis of the slices that are left, rising; the same wherever one looks."""
+        places = np.unravel_index(positions(old, now), old.shape)[axis]
+        first = np.moveaxis(places, axis, 0).reshape(now.shape[axis], -1)
+        if (first != first[:, :1]).any() or (np.diff(first[:, 0]) < 0).any():
+            raise c.refuse(node, "the channels picked no longer lie together")
+        return np.ascontiguousarray(first[:, 0])
 
     def _cut_table(self, node: ir.Node, c: Cutting) -> None:
         table, target = stored(node.inputs[0]), c.old(node.outputs[0])
