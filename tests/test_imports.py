@@ -33,10 +33,11 @@ ALLOWED = {
     "embeddings": SEARCHED,
     "words": SEARCHED | {"embeddings"},
     "inspection": SEARCHED,
+    "channel_view": GRAPH,
     "pipeline": SEARCHED | {"inspection", "report"},
     "testing": SEARCHED,
     "demo": SEARCHED | {"pipeline", "inspection", "report"},
-    "cli": SEARCHED | {"pipeline", "inspection", "report", "demo", "embeddings", "words"},
+    "cli": SEARCHED | {"pipeline", "inspection", "channel_view", "report", "demo", "embeddings", "words"},
     "__init__": set(),
 }
 

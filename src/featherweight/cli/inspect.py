@@ -17,15 +17,21 @@ from featherweight.cli._sections import Command, option
 @option("--data", metavar="DATA", section="Data", help="Measure the time of each node on this data.")
 @options.data_reading_options
 @options.machine_options
+@option("--channels", is_flag=True, help="Show which channels can be removed, and why others stay.")
 @options.all_layers_option
 @common
-def command(model: Path, *, data: str | None, batch_size: int, all_layers: bool, **asked: Any) -> Output:
+def command(
+    model: Path, *, data: str | None, batch_size: int, channels: bool, all_layers: bool, **asked: Any
+) -> Output:
     """Show where a model's bytes, operations, time and memory are, and what each bit width would leave.
 
     \b
     featherweight inspect lite0.onnx
     featherweight inspect lite0.onnx --data images/ --preprocess lite0
+    featherweight inspect lite0.onnx --channels
     """
+    if channels:
+        return _channels(model, all_layers=all_layers)
     from featherweight.inspection import inspect
 
     found = inspect(model, data=data, batch=batch_size, **asked)
@@ -39,5 +45,23 @@ def command(model: Path, *, data: str | None, batch_size: int, all_layers: bool,
         from featherweight.report.inspection import inspection_parts
 
         return list(inspection_parts(found, everything=all_layers))
+
+    return Output(as_json, parts)
+
+
+def _channels(model: Path, *, all_layers: bool) -> Output:
+    from featherweight.channel_view import channel_view
+
+    view = channel_view(model)
+
+    def as_json() -> str:
+        from featherweight.report.json import document, plain
+
+        return document("channels", plain(view))
+
+    def parts() -> list[Any]:
+        from featherweight.report.channels import channel_parts
+
+        return list(channel_parts(view, everything=all_layers))
 
     return Output(as_json, parts)

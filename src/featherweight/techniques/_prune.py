@@ -206,7 +206,7 @@ def _within_floors(group: Group, order: I64, noise: F64) -> Ranked:
 def widths(group: Group, channels: Channels, found: Ranked, *, thorough: bool) -> list[int]:
     """Unit counts worth offering, falling: multiples that kernels like where the group is wide, and all dead ones."""
     n = len(group.units)
-    each = unit_width(group, channels)
+    each = channels.width(group)
     step = MULTIPLE // math.gcd(MULTIPLE, each)
     if n < 4 * step:
         step = 1 if n < 16 else max(1, step // 2)
@@ -219,13 +219,6 @@ def widths(group: Group, channels: Channels, found: Ranked, *, thorough: bool) -
         wanted |= {n - dead, -(-(n - dead) // step) * step}
     least = n - found.most
     return sorted((k for k in wanted if least <= k < n and k >= 1), reverse=True)
-
-
-def unit_width(group: Group, channels: Channels) -> int:
-    """Channels a unit has in the widest of its makers."""
-    slots = [b.slots for b in channels.following.births if b.node in group.makers]
-    members = set(group.units[0].tolist())
-    return max((int(np.isin(channels.classes[s], list(members)).sum()) for s in slots), default=1) or 1
 
 
 def macs(model: ir.Model, ctx: Context) -> dict[str, int]:

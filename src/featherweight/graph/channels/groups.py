@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -60,11 +60,16 @@ class Channels:
     classes: I64
     groups: tuple[Group, ...]
     frozen: tuple[Note, ...]
-    _members: dict[int, I64] = field(default_factory=dict)
 
     def gone(self, removed: Iterable[int]) -> npt.NDArray[np.bool_]:
         """(slots,) True where a slot belongs to one of the classes."""
         return np.isin(self.classes, np.fromiter(removed, np.int64))
+
+    def width(self, group: Group) -> int:
+        """Channels that one unit of the group has in the widest of its makers."""
+        members = group.units[0]
+        made = [b.slots for b in self.following.births if b.node in group.makers]
+        return max((int(np.isin(self.classes[s], members).sum()) for s in made), default=1) or 1
 
     def work_left(self, node: ir.Node, gone: npt.NDArray[np.bool_]) -> float:
         """Share of a layer's multiply-accumulates that is left."""
@@ -245,7 +250,9 @@ def _frozen_notes(f: Following, atoms: I64, free: list[I64], single: list[tuple[
         texts = dict.fromkeys(
             f"{r.where}: {r.text}" if r.where else r.text for r in pool if np.isin(atoms[r.slots], own).any()
         )
-        why = "; ".join(list(texts)[:3]) or (
+        listed = list(texts)
+        more = f", and {len(listed) - 1} places more" if len(listed) > 1 else ""
+        why = "".join(listed[:1]) + more or (
             "it makes one channel" if len(birth.slots) == 1 else "they go only together"
         )
         note = Note(birth.node, f"its {len(birth.slots)} channels stay: {why}")
