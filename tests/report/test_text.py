@@ -86,6 +86,8 @@ def test_report_without_measurements_says_so(report: Report) -> None:
         ("static_int8(weight_bits=8)", "static_int8 8 bit"),
         ("weight_nbit(bits=4, block=32)", "weight_nbit 4 bit, block 32"),
         ("weight_nbit(bits=4, block=0)", "weight_nbit 4 bit"),
+        ("sparse(bits=4, sparsity=0.5)", "sparse 4 bit, 50% zeros, file size only"),
+        ("sparse(bits=3, pattern=2:4)", "sparse 3 bit, pattern 2:4, file size only"),
         ("low_rank(rank=32) -> weight_nbit(bits=4)", "low_rank rank 32 -> weight_nbit 4 bit"),
         ("float16()", "float16"),
         ("", "keep"),

@@ -231,7 +231,10 @@ def budget_words(budget: Budget, metric_name: str = "") -> str:
 
 
 def decision_words(decision: str) -> str:
-    """'weight_nbit 4 bit, block 32 -> float16' of 'weight_nbit(bits=4, block=32) -> float16()'."""
+    """'weight_nbit 4 bit, block 32 -> float16' of 'weight_nbit(bits=4, block=32) -> float16()'.
+
+    Zeros are for the size of the file: 'sparse 4 bit, 50% zeros, file size only'.
+    """
     return _ACTION.sub(lambda m: _action_words(m.group(1), m.group(2)), decision) or "keep"
 
 
@@ -240,11 +243,20 @@ def _action_words(technique: str, params: str) -> str:
     pairs = [p.strip().partition("=")[::2] for p in params.split(",") if "=" in p]
     bits = [f"{value} bit" for key, value in pairs if key.endswith("bits")]
     rest = [
-        key.replace("_", " ") if value == "True" else f"{key.replace('_', ' ')} {value}"
+        _parameter_words(key, value)
         for key, value in pairs
         if not key.endswith("bits") and value not in ("0", "False", "None", "")
     ]
-    return " ".join([technique, ", ".join(bits + rest)]).strip()
+    # The runtime multiplies zeros like any other value: a reader must not take them for speed.
+    only = ["file size only"] if technique == "sparse" else []
+    return " ".join([technique, ", ".join(bits + rest + only)]).strip()
+
+
+def _parameter_words(key: str, value: str) -> str:
+    """'block 32', 'compute', '50% zeros'."""
+    if key == "sparsity" and value.replace(".", "", 1).isdecimal():
+        return f"{format_percent(float(value), 0)} zeros"
+    return key.replace("_", " ") if value == "True" else f"{key.replace('_', ' ')} {value}"
 
 
 def plan_words(plan: Plan) -> str:

@@ -197,6 +197,7 @@ def quantize(
     pair_safe: bool = False,
     reduction_order: npt.NDArray[np.integer] | None = None,
     sweeps: int = 4,
+    near: F32 | None = None,
 ) -> Quantized:
     """The best codes found for W (g, out, k) float32 under C = E[x x^T].
 
@@ -208,6 +209,7 @@ def quantize(
     - `damp`: share of C's mean diagonal added to it, against noise in C.
     - `pair_safe`: |code| + |code| <= 127 for neighbours 2i, 2i+1 of `reduction_order` (k,), None: 0..k-1.
     - `sweeps`: most rounds of coordinate descent and scale re-fit.
+    - `near` (g, out, k): values to start from instead of W; where they are 0 the code is 0.
 
     Scales are finite and > 0; an all-zero span has scale 1; weights that are exactly 0 stay exactly 0.
 
@@ -219,10 +221,11 @@ def quantize(
     g, _, k = W.shape
     unit = power_of_two(W)
     Wt = np.ascontiguousarray(W.transpose(0, 2, 1) / unit, dtype=np.float32)
+    neart = None if near is None else np.ascontiguousarray(near.transpose(0, 2, 1) / unit, dtype=np.float32)
     C, level = levelled(C)
     importance = importance_of(C, g, k)
     grid = _scales.first_grid(
-        Wt,
+        Wt if neart is None else neart,
         importance,
         bits=bits,
         block=block,
@@ -233,7 +236,9 @@ def quantize(
     )
     weight = (float(unit) ** 2 * level)[:, None]
     total = float((row_errors(C, Wt) * weight).sum())
-    codes, error, grid = _choose(Wt, C, grid, importance, damp=damp, bits=bits, free=scale is None, sweeps=sweeps)
+    codes, error, grid = _choose(
+        Wt, C, grid, importance, near=neart, damp=damp, bits=bits, free=scale is None, sweeps=sweeps
+    )
     natural = codes.transpose(0, 2, 1)
     empty = ~np.logical_or.reduceat(Wt != 0, _scales.span_starts(k, block), axis=1)
     found = np.where(empty, np.float32(1), grid.scale * unit) if scale is None else None
@@ -249,11 +254,14 @@ def quantize(
 
 
 def _choose(
-    Wt: F32, C: F64 | None, grid: LinearGrid, importance: F32, *, damp: float, bits: int, free: bool, sweeps: int
-) -> tuple[F32, F64, LinearGrid]:
+    Wt: F32, C: F64 | None, grid: LinearGrid, importance: F32, *, near: F32 | None, damp: float, bits: int,
+    free: bool, sweeps: int,
+) -> tuple[F32, F64, LinearGrid]:  # fmt: skip
     """Codes in natural index order, row errors under the levelled C, and the grid they belong to."""
     if C is None or C.ndim == 2:
-        codes, E = plain(Wt, grid)
+        origin = Wt if near is None else near
+        codes, E = plain(origin, grid)
+        E += Wt - origin
         return codes, row_errors(C, E), grid
     # Important inputs first: their errors can still be absorbed by all the others.
     order = np.argsort(-importance.sum(axis=0), kind="stable")
@@ -263,8 +271,9 @@ def _choose(
         Wt[:, order],
         C[:, order[:, None], order],
         grid,
+        near=None if near is None else near[:, order],
         damp=damp,
-        starts=starts if free else (1.0,),
+        starts=starts if free and near is None else (1.0,),
         free=free,
         sweeps=sweeps,
     )
@@ -278,16 +287,20 @@ def _by_row(spans: F32, block: int) -> F32:
 
 
 def _solve(
-    Wt: F32, C: Moments, grid: LinearGrid, *, damp: float, starts: tuple[float, ...], free: bool, sweeps: int
-) -> tuple[F32, F64]:
+    Wt: F32, C: Moments, grid: LinearGrid, *, near: F32 | None, damp: float, starts: tuple[float, ...], free: bool,
+    sweeps: int,
+) -> tuple[F32, F64]:  # fmt: skip
     """Best rows over all starts and plain rounding: codes, row errors. `grid` ends with their scales."""
     H, raw = damped(C, damp), C.astype(np.float32)
     U, H32 = feedback_factor(H), H.astype(np.float32)
+    searched = replace(grid)
     codes, E, error = _rounded(Wt, raw, grid, free)
     first = (codes, error, replace(grid))
-    for start in starts:
-        trial = replace(grid, scale=first[2].scale * np.float32(start))
-        new_codes, new_E = compensate(Wt, U, trial)
+    trials = [(Wt, replace(grid, scale=grid.scale * np.float32(start))) for start in starts]
+    for origin, trial in [*trials, *([] if near is None else [(near, searched)])]:
+        new_codes, new_E = compensate(origin, U, trial)
+        if origin is not Wt:
+            new_E += Wt - origin
         if free:
             refit_scale(Wt, H32, trial, new_codes, new_E)
         new_error = row_errors(raw, new_E)
