@@ -17,6 +17,8 @@ ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 DEMO_DATA ?= $(wildcard ../shared/data/imagenet-samples)
 # The benchmark's data: by default the folder that holds the demo's.
 BENCH_DATA ?= $(patsubst %/,%,$(dir $(DEMO_DATA)))
+# What structure and joint do with rows measured before: nothing; --again times their files anew, --fresh makes them anew.
+BENCH_ROWS ?=
 
 .PHONY: help demo test check test-slow bench clean
 
@@ -38,12 +40,15 @@ check: $(VENV)/.dev ## Everything CI runs: lint, format, types, tests.
 test-slow: $(VENV)/.dev ## Run the thorough tests too (many minutes).
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) -m "slow or not slow"
 
-bench: $(VENV)/.bench $(WORK)/nncf/.ready ## Compare with other tools on real networks and write benchmarks/RESULTS.md.
+bench: $(VENV)/.bench $(WORK)/nncf/.ready $(WORK)/torch-pruning/.ready ## Compare with other tools on real networks and write benchmarks/RESULTS.md.
 	@test -n "$(BENCH_DATA)" || { echo "make bench needs a folder of labelled data: make bench BENCH_DATA=FOLDER (see benchmarks/README.md)"; exit 1; }
 	for name in statistics encodings; do \
 	  { date -u '+%Y-%m-%d'; uname -srm; $(BIN)/python -m benchmarks.$$name; } > $(WORK)/$$name.txt && mv $(WORK)/$$name.txt benchmarks/results/$$name.txt || exit 1; \
 	done
 	$(BIN)/python -m benchmarks.quantize --data "$(BENCH_DATA)" --write
+	for name in structure joint; do \
+	  $(BIN)/python -m benchmarks.$$name --data "$(BENCH_DATA)" --write $(BENCH_ROWS) || exit 1; \
+	done
 
 clean: ## Remove what the commands made, but not the results.
 	rm -rf $(VENV) $(WORK) demo-run build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -75,4 +80,11 @@ $(VENV)/.bench: benchmarks/weights.txt $(VENV)/.dev
 $(WORK)/nncf/.ready: benchmarks/peers.txt | $(BIN)/python
 	$(BIN)/python -m venv $(WORK)/nncf
 	$(WORK)/nncf/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers.txt
+	@touch $@
+
+# onnx2torch asks for torchvision, which must fit the build of torch and which nothing here uses.
+$(WORK)/torch-pruning/.ready: benchmarks/structure-peers.txt | $(BIN)/python
+	$(BIN)/python -m venv $(WORK)/torch-pruning
+	$(WORK)/torch-pruning/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/structure-peers.txt
+	$(WORK)/torch-pruning/bin/python -m pip install --quiet --disable-pip-version-check --no-deps onnx2torch==1.5.15
 	@touch $@

@@ -66,6 +66,9 @@ def pruned_at(
         # The width of the residual stream is the width of the output.
         kept = [layer.attention.output["dense"] for layer in layers] + [layer.output["dense"] for layer in layers]
         options["ignored_layers"] = [*kept, net.embeddings]
+    elif name == "ppocr":
+        # The layers around attention: with them the tool's dependency graph is not built within ten minutes.
+        options["ignored_layers"] = [m for m in net.modules() if isinstance(m, nn.Conv2d)][-3:]
     else:
         options["ignored_layers"] = [m for m in net.modules() if isinstance(m, nn.Linear)][-1:]
     importance = tp.importance.GroupMagnitudeImportance(p=2)

@@ -238,4 +238,24 @@ def _converted(path: Path) -> nn.Module:
         for attribute in same:
             node.attribute.remove(attribute)
             node.attribute.append(onnx.helper.make_attribute("pads", [0, 0, 1, 1]))
+    _fold_biases(model)
     return convert(model).eval()
+
+
+def _fold_biases(model: Any) -> None:
+    """Conv, then Add of a constant (1, c, 1, 1): one Conv with a bias. The pruner does not see constants."""
+    from onnx import numpy_helper
+
+    constants = {w.name: numpy_helper.to_array(w) for w in model.graph.initializer}
+    makers = {o: n for n in model.graph.node for o in n.output}
+    for add in [n for n in model.graph.node if n.op_type == "Add"]:
+        for value, constant in (add.input, reversed(add.input)):
+            conv, bias = makers.get(value), constants.get(constant)
+            readers = sum(value in n.input for n in model.graph.node)
+            if conv is None or bias is None or conv.op_type != "Conv" or bias.ndim != 4 or readers != 1:
+                continue
+            model.graph.initializer.append(numpy_helper.from_array(bias.reshape(-1), f"{constant}::bias"))
+            conv.input.append(f"{constant}::bias")
+            conv.output[0] = add.output[0]
+            model.graph.node.remove(add)
+            break

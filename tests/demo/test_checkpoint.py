@@ -91,6 +91,18 @@ def test_views_of_a_shared_storage_are_read(write, tmp_path: Path) -> None:
     assert got["last"] == 5
 
 
+def test_a_state_dict_beside_an_optimisers_is_read_by_its_key(write, tmp_path: Path) -> None:
+    s, moments = _Storage("FloatStorage", "7", 6), _Storage("FloatStorage", "8", 6)
+    optimiser = {"state": {0: {"exp_avg": _Tensor(moments, 0, (6,), (1,)), "step": 3}}}
+    state = {"step": 3, "model": OrderedDict(a=_Tensor(s, 0, (2, 3), (3, 1))), "optimiser": optimiser}
+    path = write(tmp_path / "w.pth", state, {"7": W.tobytes(), "8": W.tobytes()})
+    got = read_checkpoint(path, entry="model")
+    assert list(got) == ["a"]
+    np.testing.assert_array_equal(got["a"], W.reshape(2, 3))
+    with pytest.raises(ModelError, match="'weights'"):
+        read_checkpoint(path, entry="weights")
+
+
 @pytest.mark.parametrize(
     ("module", "name"), [("os", "system"), ("builtins", "eval"), ("torch", "load"), ("torch.nn", "Linear")]
 )
