@@ -94,12 +94,14 @@ class Effect:
 
     `size_bytes`, `latency_ms`, `peak_bytes`: result minus baseline, so negative is a gain.
     `loss`: predicted output noise, >= 0, in the unit of the search (not the user's metric).
+    `macs`: multiply-accumulates of one call.
     """
 
     size_bytes: int = 0
     latency_ms: float = 0.0
     peak_bytes: int = 0
     loss: float = 0.0
+    macs: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,8 @@ class Budget:
     """The user's limits, each optional, and what to minimise under them.
 
     Latency may be given in ms or as a ratio to the original; both hold if both are given. `max_drop` is in
-    units of the metric (0.01 = one point of accuracy).
+    units of the metric (0.01 = one point of accuracy). `max_macs`: multiply-accumulates of one call at the data's
+    shapes, which are exact and the same on every device.
     """
 
     max_size_bytes: int | None = None
@@ -134,9 +137,10 @@ class Budget:
     max_peak_bytes: int | None = None
     max_drop: float | None = None
     minimize: Objective = "size"
+    max_macs: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_size_bytes", "max_latency_ms", "max_latency_ratio", "max_peak_bytes"):
+        for name in ("max_size_bytes", "max_latency_ms", "max_latency_ratio", "max_peak_bytes", "max_macs"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise BudgetError(f"{name} must be > 0, but got {value}")
@@ -154,6 +158,7 @@ class Budget:
                 self.max_latency_ratio,
                 self.max_peak_bytes,
                 self.max_drop,
+                self.max_macs,
             )
         )
 
@@ -165,6 +170,7 @@ class Budget:
             ("latency ratio", m.latency_ratio, self.max_latency_ratio, "of the original"),
             ("peak memory", m.peak_bytes, self.max_peak_bytes, "B"),
             ("drop", m.drop, self.max_drop, f"({m.metric_name})"),
+            ("MACs", m.macs, self.max_macs, "a call"),
         )
         return [
             f"{what} is over the limit of {_plain(limit)}: it was not measured"
@@ -190,7 +196,8 @@ class Measurement:
 
     `latency_ms` (median) and `p95_ms` are per call at the batch size of the data; `latency_ratio` is the median of
     candidate over original, interleaved. `drop` is baseline metric minus this one in the metric's unit
-    (positive is worse); None where a quantity was not measured.
+    (positive is worse). `macs`: multiply-accumulates of one call, counted on the built graph at the data's shapes.
+    None where a quantity was not measured.
     """
 
     size_bytes: int
@@ -208,6 +215,7 @@ class Measurement:
     runtime: str = ""
     host: str = ""
     seed: int = 0
+    macs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,10 +343,11 @@ def _plain(number: float) -> str:
 
 def total(effects: Iterable[Effect]) -> Effect:
     """Sum of effects; the first approximation the search corrects by measuring."""
-    size, latency, peak, loss = 0, 0.0, 0, 0.0
+    size, latency, peak, loss, macs = 0, 0.0, 0, 0.0, 0
     for e in effects:
         size, latency, peak, loss = size + e.size_bytes, latency + e.latency_ms, peak + e.peak_bytes, loss + e.loss
-    return Effect(size, latency, peak, loss)
+        macs += e.macs
+    return Effect(size, latency, peak, loss, macs)
 
 
 class Progress(Protocol):

@@ -48,7 +48,7 @@ def compress(
         save_anyway: write the nearest model even where the budget is not met.
         progress: where long work reports itself.
         **asked: the fields of `Request`: max_size, max_latency, max_peak_memory, max_drop, minimize, metric,
-            techniques, keep_float, calibration, preprocess, tokenizer, batch_size, profile, threads, seed,
+            max_macs, techniques, keep_float, calibration, preprocess, tokenizer, batch_size, profile, threads, seed,
             time_budget, max_candidates.
 
     Returns:
@@ -137,7 +137,8 @@ def _solve(problem: Problem, *, save_anyway: bool, first_is_enough: bool) -> Rep
     known = measure_baseline(problem)
     if already_fits(problem, known):
         return _write(problem, finish.finish_untouched(problem, known))
-    search = plain_int8 if problem.request.goal == "plain-int8" else fit
+    plain = problem.request.goal == "plain-int8" and problem.of_stage(structure=False)
+    search = plain_int8 if plain else fit
     found = search(problem, known, first_is_enough=first_is_enough)
     if found.refusal is not None:
         return _write(problem, finish.finish_refused(problem, known, found.refusal))

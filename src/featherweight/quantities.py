@@ -23,6 +23,7 @@ SIZE_UNITS = {
     "mib": 2**20,
     "gib": 2**30,
 }
+COUNT_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 TIME_UNITS_MS = {"us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3, "sec": 1e3}
 DURATION_UNITS_S = {"h": 3600.0, "m": 60.0, "min": 60.0, "s": 1.0, "sec": 1.0}
 PERCENT_METRICS = frozenset({"accuracy", "top1", "top5", "agreement"})
@@ -71,6 +72,30 @@ def parse_size(text: str | int | float, original_bytes: int | None = None) -> in
     whole = math.floor(size + 1e-6)  # 1.1 kB is 1100.0000000000002 B
     if whole < 1:
         raise BudgetError(f"a size must be at least 1 B, but got {text!r}; for a part of the original write '25%'")
+    return whole
+
+
+def parse_count(text: str | int | float, original: int | None = None) -> int:
+    """A count of '300M', '1.2G', '70%' of `original`, or of a plain number; fractions are dropped.
+
+    Raises:
+        BudgetError: not a count, not above zero, or a percentage of an unknown original.
+    """
+    if isinstance(text, str):
+        number, unit = _split(text, "a count", "'300M' or '70%'")
+        if unit == "%":
+            if original is None:
+                raise BudgetError(f"a count in percent needs an original to compare with, but got {text!r} alone")
+            count = number * original / 100
+        elif unit.lower() in COUNT_UNITS:
+            count = number * COUNT_UNITS[unit.lower()]
+        else:
+            raise BudgetError(f"the unit of a count must be k, M, G, T or %, but got {text!r}; write it like '300M'")
+    else:
+        count = _finite(text, "a count")
+    whole = math.floor(count + 1e-6)
+    if whole < 1:
+        raise BudgetError(f"a count must be at least 1, but got {text!r}; for a part of the original write '70%'")
     return whole
 
 

@@ -10,7 +10,7 @@ import click
 
 from featherweight.cli._sections import option
 from featherweight.errors import BudgetError
-from featherweight.quantities import parse_duration, parse_fraction, parse_latency, parse_size
+from featherweight.quantities import parse_count, parse_duration, parse_fraction, parse_latency, parse_size
 
 F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
@@ -35,6 +35,7 @@ class Quantity(click.ParamType[str]):
 
 SIZE = Quantity("size", lambda text: parse_size(text, 10**12))
 LATENCY = Quantity("time", parse_latency)
+COUNT = Quantity("count", lambda text: parse_count(text, 10**12))
 DROP = Quantity("drop", parse_fraction)
 DURATION = Quantity("duration", parse_duration)
 
@@ -109,6 +110,9 @@ budget_options = _all(
     option("--max-latency", type=LATENCY, metavar="TIME", section="Budget", help="8ms, or 60% of the original."),
     option(
         "--max-peak-memory", type=SIZE, metavar="SIZE", section="Budget", help="Peak memory of inference, e.g. 50MB."
+    ),
+    option(
+        "--max-macs", type=COUNT, metavar="N", section="Budget", help="Multiply-accumulates of a call: 300M, or 70%."
     ),
     option(
         "--max-drop", type=DROP, metavar="DROP", section="Budget", help="Loss of the metric: 1% or 0.01 (3dB for sqnr)."

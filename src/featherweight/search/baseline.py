@@ -52,6 +52,7 @@ def measure_baseline(problem: Problem) -> Baseline:
         drop=0.0,
         n_samples=evaluation.n_samples,
         latency_ratio=1.0,
+        macs=problem.macs(),
         runtime=ort.VERSION,
         host=platform.node(),
         seed=problem.request.seed,
@@ -79,11 +80,8 @@ def _baseline_costs(problem: Problem) -> dict[str, Any]:
 def base(problem: Problem, known: Baseline) -> Base:
     """What predicted effects are relative to: the normalised file, and the original's measured costs."""
     size = io.size_bytes(problem.model_path)
-    return Base(size, _modelled_ms(problem), known.measurement.peak_bytes or 1, known.measurement.latency_ms)
-
-
-def _modelled_ms(problem: Problem) -> float:
-    return max(modelled_latency_ms(sum(v or 0 for v in problem.facts.get("macs", {}).values())), 1e-6)
+    modelled = max(modelled_latency_ms(problem.macs()), 1e-6)
+    return Base(size, modelled, known.measurement.peak_bytes or 1, known.measurement.latency_ms, problem.macs())
 
 
 def already_fits(problem: Problem, known: Baseline) -> bool:

@@ -24,11 +24,12 @@ INT8_SPEEDUP = {True: 3.0, False: 1.6}
 
 @dataclass(frozen=True)
 class SiteFacts:
-    """What one site costs in the float model: time of its nodes and bytes resident when loaded."""
+    """What one site costs in the float model: time and MACs of its nodes, and bytes resident when loaded."""
 
     latency_ms: float
     resident_bytes: int
     gain: float = 1.0
+    macs: int = 0
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
 
 from featherweight.core import Answer, Budget, Measurement, Plan, Report
 from featherweight.graph import io
-from featherweight.quantities import format_bytes, format_drop, format_ms, format_percent
+from featherweight.quantities import format_bytes, format_count, format_drop, format_ms, format_percent
 from featherweight.runtime import significance
 from featherweight.search import front, layers, loop, replay
 from featherweight.search.baseline import Baseline
 from featherweight.search.measured import build_and_save, on_holdout
+from featherweight.search.passes import Found
 from featherweight.search.prepare import context
-from featherweight.search.problem import Problem
+from featherweight.search.problem import STAGES_FOLDER, Problem, emptied
 from featherweight.search.request import DEFAULT_MAX_DROP
-from featherweight.search.rounds import Found
 
 # What the original must be beaten by, in latency or in bytes, before it is given up: two runs of one file differ by
 # some percent in latency, and tidying a graph alone saves about as much of a small file.
@@ -34,7 +33,8 @@ def finish(problem: Problem, known: Baseline, found: Found, *, save_anyway: bool
         reason = f"no candidate could be measured: {errors or found.stop_reason}"
         return _untouched(problem, known, "not found", "not met", reason, found)
     path = problem.work / "candidate.onnx"
-    build_and_save(problem, found.ground.ctx, chosen.plan, path)
+    ctx = found.ground_of(problem, chosen.plan).ctx
+    build_and_save(problem, ctx, chosen.plan, path)
     if io.size_bytes(path) >= problem.original_bytes:  # a result never grows
         return _nothing_pays(problem, known, found)
     if found.interrupted:
@@ -48,7 +48,7 @@ def finish(problem: Problem, known: Baseline, found: Found, *, save_anyway: bool
     _say_what_is_uncertain(problem, drop)
     answer: Answer = "not found" if broken else "yes"
     outcome, reason = _outcome(found, _misses(problem.budget, result))
-    plan = replay.sealed(problem, found.ground.ctx, replace(chosen.plan, bound_bytes=found.bound_bytes))
+    plan = replay.sealed(problem, ctx, replace(chosen.plan, bound_bytes=found.bound_bytes))
     # Who set no limit gets the 8-bit model even where it loses more than the default: the report says by how much.
     if answer == "yes" or save_anyway or problem.request.goal == "plain-int8":
         replay.write(problem, plan, path)
@@ -75,6 +75,7 @@ def _misses(budget: Budget, m: Measurement) -> list[str]:
         ("latency", m.latency_ratio, budget.max_latency_ratio, lambda r: f"{format_percent(r)} of the original's"),
         ("peak memory", m.peak_bytes, budget.max_peak_bytes, format_bytes),
         ("drop", m.drop, budget.max_drop, lambda d: format_drop(d, name)),
+        ("count of MACs", m.macs, budget.max_macs, format_count),
     )
     return [
         f"{what} is {'not measured' if value is None else words(value)}, the limit {words(limit)}"
@@ -154,12 +155,12 @@ def _report(
     problem.facts["model"] = problem.original.name
     problem.facts["asked"] = {"goal": problem.request.goal, "max_drop": problem.request.max_drop is not None}
     problem.facts["target"] = problem.profile.name
-    facts = {k: v for k, v in problem.facts.items() if k != "macs"}
+    facts = {k: v for k, v in problem.facts.items() if k not in ("macs", "input_shapes")}
     report = Report(
         problem.budget, answer, outcome, reason, plan, original, result, attempts, loop.pareto(list(attempts)),
         tuple(dict.fromkeys(notes)), layers.rows(problem, plan, found.ground if found else None), facts,
     )  # fmt: skip
-    shutil.rmtree(problem.work, ignore_errors=True)
+    emptied(problem.work, keep=STAGES_FOLDER if found is not None and found.interrupted else "")
     return report
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 from featherweight.core import Decision, Plan, Site
 from featherweight.errors import RunError, TechniqueError
-from featherweight.search.candidates import build
+from featherweight.search.candidates import build_numeric
 from featherweight.search.problem import Problem, child_runner, first_feeds
 from featherweight.search.solve import Choice
 from featherweight.techniques import Context, integer_names
@@ -49,7 +49,7 @@ def _measured(
         wanted = _without_fragile(plan, sites, kept)
         integer = {n for d in wanted.changed() for n in sites[d.site].nodes}
         try:
-            built = build(problem.model, wanted, now, problem.techniques)
+            built = build_numeric(problem.model, wanted, now, problem.techniques)
             seen = compare(built, expected, outputs, runner, feeds)
         except (RunError, TechniqueError) as e:
             return dict.fromkeys(sorted(integer), f"computed in float: the integer model cannot be built or run ({e})")

@@ -39,6 +39,7 @@ class Base:
     latency_ms: float
     peak_bytes: int
     measured_ms: float | None = None
+    macs: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,11 @@ class Correction:
 
 @dataclass
 class State:
-    """What the loop knows at a moment."""
+    """What the loop knows at a moment.
+
+    `complete` adds to a proposed plan what is decided outside the table (the structure it stands on). `met_cap`: the
+    largest predicted loss found to stay within the limit of the drop.
+    """
 
     table: Table
     budget: Budget
@@ -61,11 +66,13 @@ class State:
     out_of_time: Callable[[], bool]
     max_candidates: int
     announce: Callable[[Attempt], None] = lambda _best: None
+    complete: Callable[[Plan], Plan] = lambda plan: plan
     correction: Correction = field(default_factory=Correction)
     attempts: list[Attempt] = field(default_factory=list)
     best: Attempt | None = None
     interrupted: bool = False
     stop_reason: str = ""
+    met_cap: float = 0.0
 
     def exhausted(self) -> bool:
         """True if no further candidate may be tried; says why in `stop_reason`."""
@@ -113,19 +120,27 @@ def propose(
     state: State, *, loss_cap: float = math.inf, weights: Mapping[Dimension, float] | None = None
 ) -> Plan | None:
     """Solve for the best plan under the budget as corrected so far; None if the program has no solution."""
-    budget, base, fix = state.budget, state.base, state.correction
-    caps: dict[Dimension, float] = {"loss": loss_cap}
+    caps = caps_of(state.budget, state.base, state.correction)
+    caps["loss"] = loss_cap
+    found = solve(state.table, caps, weights or objective_weights(state.budget.minimize, state.base))
+    if found is None:
+        return None
+    return state.complete(Plan(tuple(c.decision for c in found.choices), found.effect, found.gap))
+
+
+def caps_of(budget: Budget, base: Base, fix: Correction) -> dict[Dimension, float]:
+    """The budget's resource limits as limits on summed effects, as corrected so far."""
+    caps: dict[Dimension, float] = {}
     if budget.max_size_bytes is not None:
         caps["size_bytes"] = budget.max_size_bytes - base.size_bytes - fix.size_bytes
     if budget.max_peak_bytes is not None:
         caps["peak_bytes"] = budget.max_peak_bytes - base.peak_bytes - fix.peak_bytes
+    if budget.max_macs is not None:
+        caps["macs"] = budget.max_macs - base.macs
     ratio = _latency_ratio_limit(budget, base)
     if ratio is not None:
         caps["latency_ms"] = base.latency_ms * (ratio / fix.latency_factor - 1)
-    found = solve(state.table, caps, weights or objective_weights(budget.minimize, base))
-    if found is None:
-        return None
-    return Plan(tuple(c.decision for c in found.choices), found.effect, found.gap)
+    return caps
 
 
 def _latency_ratio_limit(budget: Budget, base: Base) -> float | None:
@@ -206,6 +221,7 @@ def _least_cost(state: State, loss_cap: float, enough: Callable[[Attempt], bool]
                 return
             ok = attempt.measured is not None and _drop_within(state.budget, attempt.measured)
             met, missed = (max(met, loss_cap), missed) if ok else (met, min(missed, loss_cap))
+            state.met_cap = max(state.met_cap, loss_cap if ok else 0.0)
         loss_cap = _next_cap(state, met, missed, loss_cap)
         if not 1e-9 < loss_cap < 30 or missed / max(met, 1e-12) < SMALLEST_STEP:
             state.stop_reason = "the search closed in on the limit of the drop"
@@ -275,7 +291,8 @@ def without_most_used(table: Table, plan: Plan) -> Table:
 
     The cause is in the attempt; what else the plan used stays, so that the search goes on without the suspect.
     """
-    counts = Counter(action.technique for decision in plan.decisions for action in decision.actions)
+    offered = {a.technique for choices in table.values() for c in choices for a in c.decision.actions}
+    counts = Counter(a.technique for d in plan.decisions for a in d.actions if a.technique in offered)
     if not counts:
         return table
     suspect = max(counts, key=lambda name: (counts[name], name))
@@ -312,6 +329,7 @@ def nearest(budget: Budget, attempts: list[Attempt]) -> Attempt | None:
             (m.latency_ms, budget.max_latency_ms),
             (m.latency_ratio, budget.max_latency_ratio),
             (m.peak_bytes, budget.max_peak_bytes),
+            (m.macs, budget.max_macs),
         )
         over = sum(max(0.0, (v or 0) / limit - 1) for v, limit in pairs if limit is not None)
         if budget.max_drop is not None and m.drop is not None:

@@ -15,13 +15,14 @@ import numpy as np
 
 from featherweight.core import Attempt, Measurement, Plan
 from featherweight.errors import RunError, TechniqueError
-from featherweight.graph import io
+from featherweight.graph import cost, io
 from featherweight.quantities import format_bytes
 from featherweight.runtime import evaluate as ev
 from featherweight.runtime import measure, ort, significance
 from featherweight.search.baseline import LATENCY_FEEDS, QUICK_LATENCY_S, Baseline
-from featherweight.search.candidates import build
+from featherweight.search.candidates import build_numeric
 from featherweight.search.problem import Problem, first_feeds
+from featherweight.search.stage import Staged, numeric_part, stage_key, structure_part
 from featherweight.techniques import Context
 
 PROOF_LATENCY_S = 10.0
@@ -61,8 +62,22 @@ def announce(problem: Problem, best: Attempt) -> None:
 
 
 def build_and_save(problem: Problem, ctx: Context, plan: Plan, path: Path) -> None:
-    """Apply the plan to the normalised model and save it."""
-    io.save(build(problem.model, plan, ctx, problem.techniques), path)
+    """Apply the plan to the normalised model and save it; with structure in it, to the model after that stage.
+
+    `ctx` is of the model that the numeric part goes on.
+    """
+    found = stage_of(problem, plan)
+    if found is None:
+        io.save(build_numeric(problem.model, plan, ctx, problem.techniques), path)
+        return
+    numeric = numeric_part(plan, problem.techniques, found.left)
+    io.save(build_numeric(found.model, numeric, ctx, problem.techniques), path)
+
+
+def stage_of(problem: Problem, plan: Plan) -> Staged | None:
+    """The structure that a plan stands on, made before; None for a plan without structure."""
+    structure = structure_part(plan, problem.techniques)
+    return problem.stages[stage_key(problem.model_sha256, structure, problem.request.seed)] if structure else None
 
 
 def _measure_candidate(problem: Problem, known: Baseline, path: Path) -> Measurement:
@@ -105,6 +120,7 @@ def _measurement(
         drop_interval=drop.interval,
         p_value=drop.p_value,
         n_samples=after.n_samples,
+        macs=cost.costs(io.load(path), input_shapes=problem.shapes()).macs,
         runtime=ort.VERSION,
         host=platform.node(),
         seed=problem.request.seed,

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import importlib
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 
-from featherweight.core import Action, Site
-from featherweight.graph import cost, io
+from featherweight.core import Action, Decision, Site
+from featherweight.graph import io
 from featherweight.graph.weights import Weight, weights
-from featherweight.search import probe
+from featherweight.search import probe, stage
 from featherweight.search.candidates import all_sites
 from featherweight.search.effects import Effects, SiteFacts, build_effects, modelled_latency_ms
-from featherweight.search.problem import Problem, first_feeds
+from featherweight.search.problem import STAGES_FOLDER, Problem, first_feeds
 from featherweight.stats import Statistics, collect
 from featherweight.stats.shrinkage import shrunk
 from featherweight.techniques import Context
@@ -33,6 +36,7 @@ class Ground:
     ctx: Context
     sites: dict[str, Site]
     effects: Effects
+    facts: dict[str, SiteFacts] = dataclasses.field(default_factory=dict)
 
 
 def statistics(problem: Problem) -> Statistics:
@@ -43,31 +47,45 @@ def statistics(problem: Problem) -> Statistics:
     """
     path = problem.work / "statistics.npz"
     problem.progress.start("reading calibration statistics", problem.splits.calibration.n_batches)
-    batches = problem.splits.calibration.n_batches
-    stats = collect(
-        problem.model,
-        problem.splits.calibration,
-        max_positions=min(max(ROWS_WANTED // max(batches, 1), LEAST_POSITIONS), MOST_POSITIONS),
-        worker=problem.worker,
-        threads=1,
-        seed=problem.request.seed,
-    )
-    stats.save(path)
-    del stats
-    problem.worker.close()  # a fresh child holds none of what the runtime kept from this pass
-    # Read back, so that a replay from the saved file sees the same numbers to the bit.
-    read = Statistics.load(path)
+    read = read_statistics(problem, problem.model, path)
     problem.model, ready = equalise(problem.model, shrunk(read))
     io.save(problem.model, problem.model_path)
     problem.model_sha256 = io.sha256(problem.model_path)
     return ready
 
 
+def read_statistics(problem: Problem, model: ir.Model, path: Path) -> Statistics:
+    """Statistics of a model over the calibration data, as they are read back from `path` (an npz file)."""
+    batches = problem.splits.calibration.n_batches
+    stats = collect(
+        model,
+        problem.splits.calibration,
+        max_positions=min(max(ROWS_WANTED // max(batches, 1), LEAST_POSITIONS), MOST_POSITIONS),
+        worker=problem.worker,
+        threads=1,
+        seed=problem.request.seed,
+    )
+    whole = path.with_name(f"whole-{path.name}")
+    stats.save(whole)
+    whole.replace(path)
+    del stats
+    problem.worker.close()  # a fresh child holds none of what the runtime kept from this pass
+    # Read back, so that a replay from the saved file sees the same numbers to the bit.
+    return Statistics.load(path)
+
+
 def context(problem: Problem, stats: Statistics | None) -> Context:
     """A fresh Context for this problem's techniques."""
     # Who names techniques wants all they offer; else each leaves out what others do better.
     thorough = problem.request.techniques is not None
-    return Context(problem.profile, stats, problem.request.seed, problem.keep_float, thorough=thorough)
+    return Context(
+        problem.profile,
+        stats,
+        problem.request.seed,
+        problem.keep_float,
+        thorough=thorough,
+        input_shapes=problem.shapes(),
+    )
 
 
 def survey(
@@ -76,28 +94,31 @@ def survey(
     *,
     with_gains: bool,
     admit: Callable[[Action], bool] = lambda _action: True,
+    gains: Mapping[str, float] | None = None,
 ) -> Ground:
-    """List sites, estimate every option; with gains probed by real runs where asked."""
-    sites = all_sites(problem.model, problem.techniques.values())
+    """List the sites of the numeric techniques and estimate every option; gains as given, or probed where asked."""
+    numeric = problem.of_stage(structure=False)
+    sites = all_sites(problem.model, numeric.values())
     by_name = {w.name: w for w in weights(problem.model)}
-    gain = _gains(problem, ctx, [by_name[s] for s in sites if s in by_name]) if with_gains else {}
-    facts = {
-        name: SiteFacts(_site_ms(problem, site), _resident(by_name.get(name), site), gain.get(name, 1.0))
+    if gains is None:
+        gains = probed_gains(problem, ctx, [by_name[s] for s in sites if s in by_name]) if with_gains else {}
+    facts = site_facts(problem, sites, by_name, gains)
+    effects = build_effects(problem.model, sites, list(numeric.values()), ctx, facts, problem.progress, admit=admit)
+    return Ground(ctx, sites, effects, facts)
+
+
+def site_facts(
+    problem: Problem, sites: Mapping[str, Site], by_name: Mapping[str, Weight], gains: Mapping[str, float]
+) -> dict[str, SiteFacts]:
+    """What each site costs in the float model."""
+    macs = problem.node_macs()
+    work = {name: sum(macs.get(n, 0) or 0 for n in site.nodes) for name, site in sites.items()}
+    return {
+        name: SiteFacts(
+            modelled_latency_ms(work[name]), _resident(by_name.get(name), site), gains.get(name, 1.0), work[name]
+        )
         for name, site in sites.items()
     }
-    techniques = list(problem.techniques.values())
-    effects = build_effects(problem.model, sites, techniques, ctx, facts, problem.progress, admit=admit)
-    return Ground(ctx, sites, effects)
-
-
-def _site_ms(problem: Problem, site: Site) -> float:
-    """Modelled float time of the nodes that read a site's tensor."""
-    if "macs" not in problem.facts:
-        shapes = {name: a.shape for name, a in first_feeds(problem.splits.calibration, 1)[0].items()}
-        nodes = cost.costs(problem.model, input_shapes=shapes).nodes
-        problem.facts["macs"] = {n.name: n.macs for n in nodes}
-    macs = problem.facts["macs"]
-    return modelled_latency_ms(sum(macs.get(n, 0) or 0 for n in site.nodes))
 
 
 def _resident(weight: Weight | None, site: Site) -> int:
@@ -105,7 +126,67 @@ def _resident(weight: Weight | None, site: Site) -> int:
     return 4 * int(np.prod(weight.shape)) if weight is not None else site.size_bytes
 
 
-def _gains(problem: Problem, ctx: Context, wanted: list[Weight]) -> dict[str, float]:
+class FromData:
+    """What happens between the steps of a structure stage, with the problem's calibration data."""
+
+    def __init__(self, problem: Problem, folder: Path) -> None:
+        self._problem, self._folder = problem, folder
+        self._read = 0
+
+    def recover(self, original: ir.Model, reduced: ir.Model) -> ir.Model:
+        """Weights of `reduced` solved anew, layer by layer, against the original's outputs."""
+        try:
+            module = importlib.import_module("featherweight.recover")
+        except ModuleNotFoundError:
+            self._problem.note("structure", "weights were not solved anew after the structure changed")
+            return reduced
+        problem = self._problem
+        problem.progress.start("solving weights anew")
+        found = module.recover(
+            original, reduced, problem.splits.calibration, worker=problem.worker, seed=problem.request.seed
+        )
+        problem.worker.close()
+        return reduced if found is None else found
+
+    def statistics(self, model: ir.Model) -> Statistics:
+        """Statistics of `model`, shrunk; its channels are not rescaled again."""
+        problem = self._problem
+        self._read += 1
+        problem.progress.start("reading statistics of the changed structure", problem.splits.calibration.n_batches)
+        return shrunk(read_statistics(problem, model, self._folder / f"statistics-{self._read}.npz"))
+
+    def keep(self, target: Path) -> None:
+        """Move the last statistics read to `target` and forget the others."""
+        files = [self._folder / f"statistics-{i + 1}.npz" for i in range(self._read)]
+        for file in files[:-1]:
+            file.unlink(missing_ok=True)
+        files[-1].replace(target)
+
+
+def staged(problem: Problem, ctx: Context, decisions: Sequence[Decision]) -> stage.Staged:
+    """The model after the structure stage of these decisions; made once, and found again by a resumed run.
+
+    Raises TechniqueError if the decisions cannot be carried out together, RunError if the result does not run.
+    """
+    key = stage.stage_key(problem.model_sha256, decisions, problem.request.seed)
+    if key in problem.stages:
+        return problem.stages[key]
+    folder = problem.work / STAGES_FOLDER / key
+    path, stats_path = folder / stage.FILE, folder / "statistics.npz"
+    if not (path.exists() and stats_path.exists()):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        problem.progress.start("changing the structure")
+        between = FromData(problem, folder)
+        model, _, _ = stage.run_stage(problem.model, decisions, ctx, problem.of_stage(structure=True), between)
+        between.keep(stats_path)
+        io.save(model, path)
+    found = stage.read(path, key, decisions, shrunk(Statistics.load(stats_path)))
+    problem.stages[key] = found
+    return found
+
+
+def probed_gains(problem: Problem, ctx: Context, wanted: list[Weight]) -> dict[str, float]:
     """Gain by site from a few real runs, recorded in the journal."""
 
     def measured() -> dict[str, float]:

@@ -107,6 +107,16 @@ def child_probe(
     return noises
 
 
+def child_distance(
+    reference_path: str, other_path: str, feeds: Sequence[Mapping[str, np.ndarray]], threads: int
+) -> float:
+    """In the child: output noise of one model against another, averaged over `feeds`."""
+    from featherweight.runtime import ort
+
+    pair = [ort.session(Path(path), threads=threads) for path in (reference_path, other_path)]
+    return float(np.mean([output_noise(pair[0].run(f), pair[1].run(f)) for f in feeds]))
+
+
 def gains(output: Mapping[str, float], local: Mapping[str, float]) -> dict[str, float]:
     """Gain by site; a site that could not be probed, or was not moved by the probe, gets the median gain."""
     known = {s: output[s] / n for s, n in local.items() if s in output and n > 1e-12 and np.isfinite(output[s])}

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -17,15 +17,21 @@ import onnx_ir as ir
 from featherweight import data as fwdata
 from featherweight.core import Budget, Note, Profile, Progress
 from featherweight.errors import DataError, ModelError, RunError
-from featherweight.graph import io, surgery
+from featherweight.graph import cost, io, surgery
 from featherweight.graph.normalise import Normalised, normalise
+from featherweight.quantities import parse_count
 from featherweight.runtime import ort, targets
 from featherweight.runtime.sandbox import Worker
 from featherweight.search.journal import Journal
 from featherweight.search.request import Request, chosen_techniques, matching_nodes
 from featherweight.techniques import Technique, all_techniques
 
+if TYPE_CHECKING:
+    from featherweight.search.stage import Staged
+
 MAX_CALIBRATION = 128
+#: Folder inside `work` with the models after their structure stage; a resumed run finds them there.
+STAGES_FOLDER = "structure"
 NORMALISE_FEEDS = 2
 
 
@@ -63,6 +69,9 @@ class Problem:
     """Everything the search needs; built by `open_problem`, which says in which order.
 
     `original` is the user's file, `model` its normalised form (saved at `model_path`), which all decisions are about.
+    `normalised_sha256` is of that form before channels were rescaled, `stages` holds what structure stages made of it;
+    for the numeric part of a plan with structure there is a problem of its own, whose `model` is the one after that
+    stage.
     """
 
     request: Request
@@ -84,6 +93,31 @@ class Problem:
     started: float
     notes: list[Note] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    normalised_sha256: str = ""
+    stages: dict[str, Staged] = field(default_factory=dict)
+
+    def of_stage(self, *, structure: bool) -> dict[str, Technique]:
+        """The techniques that change the graph, or those that change how its weights are stored and computed."""
+        return {n: t for n, t in self.techniques.items() if (t.stage == "structure") == structure}
+
+    def node_macs(self) -> dict[str, int | None]:
+        """Multiply-accumulates of one call by node, at the shapes of the data; counted once."""
+        if "macs" not in self.facts:
+            self.facts["macs"] = {n.name: n.macs for n in cost.costs(self.model, input_shapes=self.shapes()).nodes}
+        found: dict[str, int | None] = self.facts["macs"]
+        return found
+
+    def macs(self) -> int:
+        """Multiply-accumulates of one call of the model; nodes whose shapes are unknown count as none."""
+        return sum(v or 0 for v in self.node_macs().values())
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the inputs in the data's first batch."""
+        if "input_shapes" not in self.facts:
+            feeds = first_feeds(self.splits.calibration, 1)[0]
+            self.facts["input_shapes"] = {name: a.shape for name, a in feeds.items()}
+        found: dict[str, tuple[int, ...]] = self.facts["input_shapes"]
+        return found
 
     def out_of_time(self) -> bool:
         """True if the time budget is used up."""
@@ -156,8 +190,8 @@ def _opened(
     work: Path,
 ) -> Problem:
     """Split and check the data, normalise the model, and see that it runs."""
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    emptied(work, keep=STAGES_FOLDER if journal.finished("baseline") else "")
+    work.mkdir(parents=True, exist_ok=True)
     notes: list[Note] = []
     splits = _spooled(sources, request, inputs, work, progress, notes)
     progress.start("normalising the graph")
@@ -175,6 +209,7 @@ def _opened(
         model=normalised.model,
         model_path=model_path,
         model_sha256=io.sha256(model_path),
+        normalised_sha256=io.sha256(model_path),
         work=work,
         splits=splits,
         budget=budget,
@@ -188,8 +223,20 @@ def _opened(
         started=0.0,
         notes=notes,
     )
+    if request.max_macs is not None:
+        problem.budget = dataclasses.replace(budget, max_macs=parse_count(request.max_macs, problem.macs()))
     _describe(problem, normalised)
     return problem
+
+
+def emptied(folder: Path, *, keep: str = "") -> None:
+    """Remove a folder, or all in it but the entry called `keep`."""
+    if not keep or not (folder / keep).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    for entry in folder.iterdir():
+        if entry.name != keep:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def input_specs(model: ir.Model) -> tuple[fwdata.InputSpec, ...]:

@@ -13,12 +13,12 @@ from typing import Any, Literal, get_args
 
 from featherweight.core import Budget, Objective
 from featherweight.errors import BudgetError, ModelError, TechniqueError
-from featherweight.quantities import parse_duration, parse_fraction, parse_latency, parse_size
+from featherweight.quantities import parse_count, parse_duration, parse_fraction, parse_latency, parse_size
 
 Goal = Literal["plain-int8", "minimize", "fit"]
 # Where the user sets no limit on the drop but minimises something else, this one holds and is reported.
 DEFAULT_MAX_DROP = 0.01
-DEFAULT_CANDIDATES = 12
+DEFAULT_CANDIDATES = 18
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Request:
     seed: int = 0
     time_budget: str | float | None = None
     max_candidates: int = DEFAULT_CANDIDATES
+    max_macs: str | float | None = None
 
     def __post_init__(self) -> None:
         if self.minimize is not None and self.minimize not in get_args(Objective):
@@ -52,11 +53,14 @@ class Request:
         for name in ("batch_size", "threads", "max_candidates"):
             if getattr(self, name) < 1:
                 raise BudgetError(f"{name} must be at least 1, but got {getattr(self, name)}")
+        if self.max_macs is not None:
+            parse_count(self.max_macs, 10**12)  # refused here; the original's count is known only later
 
     @property
     def limits_resources(self) -> bool:
-        """True if size, latency or memory is limited."""
-        return any(v is not None for v in (self.max_size, self.max_latency, self.max_peak_memory))
+        """True if size, latency, memory or MACs are limited."""
+        limits = (self.max_size, self.max_latency, self.max_peak_memory, self.max_macs)
+        return any(v is not None for v in limits)
 
     @property
     def goal(self) -> Goal:
@@ -72,7 +76,10 @@ class Request:
         return "plain-int8" if self.max_drop is None else "minimize"
 
     def budget(self, original_bytes: int) -> Budget:
-        """The limits in bytes and milliseconds. Raises BudgetError on malformed or contradictory ones."""
+        """The limits in bytes and milliseconds. Raises BudgetError on malformed or contradictory ones.
+
+        `max_macs` is left to whoever has counted the original.
+        """
         ms, ratio = (None, None) if self.max_latency is None else parse_latency(self.max_latency)
         drop = None if self.max_drop is None else parse_fraction(self.max_drop)
         if drop is None and self.goal != "fit" and self.minimize != "drop":

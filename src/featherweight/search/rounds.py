@@ -4,64 +4,66 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 
-from featherweight.core import Action, Attempt, Budget, Decision
+from featherweight.core import Action, Budget, Decision
 from featherweight.graph import cost
-from featherweight.search import bounds, front
+from featherweight.search import bounds, front, widen
 from featherweight.search.baseline import Baseline, base, interface
-from featherweight.search.effects import Effects
-from featherweight.search.fragile import find_fragile, usable
-from featherweight.search.loop import State, propose, search, within
-from featherweight.search.measured import announce, measure_plan
+from featherweight.search.fragile import find_fragile
+from featherweight.search.loop import propose, search
+from featherweight.search.passes import (
+    NO_CAP,
+    Found,
+    first_cap,
+    integers,
+    nothing_yet,
+    run_pass,
+    state_of,
+    usable_table,
+)
 from featherweight.search.prepare import Ground, context, statistics, survey
-from featherweight.search.problem import Problem, first_feeds
+from featherweight.search.problem import Problem
 from featherweight.search.solve import Choice
-from featherweight.techniques import integer_names
 
-# Output noise that costs about one unit of drop, as a first guess; the loop corrects it by measuring.
-LOSS_PER_DROP = 3.0
-NO_CAP = 25.0
 # Sites with a choice of integer technique must hold this share of the work for both to be worth measuring.
 CONTESTED_SHARE = 0.3
 
 
-@dataclass
-class Found:
-    """What a search came back with."""
-
-    ground: Ground
-    attempts: list[Attempt] = field(default_factory=list)
-    best: Attempt | None = None
-    refusal: str | None = None
-    bound_bytes: int | None = None
-    stop_reason: str = ""
-    interrupted: bool = False
-
-
 def fit(problem: Problem, known: Baseline, *, first_is_enough: bool) -> Found:
-    """The best plan for the objective under the limits; a refusal where a bound proves there is none."""
+    """The best plan for the objective under the limits; a refusal where a bound proves there is none.
+
+    Numbers alone come first; structure is added where they do not do, or where it may do better.
+    """
     refusal = _refused_at_once(problem, known)
     if refusal is not None:
-        return Found(Ground(context(problem, None), {}, Effects({}, ())), refusal=refusal)
+        return dataclasses.replace(nothing_yet(problem), refusal=refusal)
     ground = survey(problem, context(problem, statistics(problem)), with_gains=True)
     find_fragile(problem, ground.ctx, ground.effects.table, ground.sites)
     found = Found(ground)
     start = base(problem, known)
+    table = usable_table(problem, ground)
+    wider = widen.Wider(problem, known, found, table)
     bound = bounds.size_bound(problem.budget, ground.effects.table, ground.sites, start.size_bytes)
-    found.bound_bytes = int(bound.reachable)
-    found.refusal = bounds.refusal([bound])
+    out_of_reach = bound.proves_no or _over_macs(problem, known)
+    if out_of_reach or not wider.possible:
+        proofs = [bound] if not wider.possible else wider.proofs()
+        found.bound_bytes = next((int(b.reachable) for b in proofs if b.what == "size"), None)
+        found.refusal = bounds.refusal(proofs)
     if found.refusal is None:
-        _run(
-            problem,
-            known,
-            found,
-            _usable(problem, ground),
-            first_cap=_first_cap(problem.budget),
-            enough=first_is_enough,
-        )
+        if not out_of_reach and table:
+            share = wider.share_of_numbers(problem.request.max_candidates)
+            cap = first_cap(problem.budget)
+            run_pass(problem, known, found, table, cap=cap, enough=first_is_enough, candidates=share)
+        if wider.wanted():
+            wider.search(enough=first_is_enough)
     return found
+
+
+def _over_macs(problem: Problem, known: Baseline) -> bool:
+    """True if only a change of structure can meet the limit on MACs: rounding numbers changes none."""
+    limit, macs = problem.budget.max_macs, known.measurement.macs
+    return limit is not None and macs is not None and macs > limit
 
 
 def plain_int8(problem: Problem, known: Baseline, *, first_is_enough: bool) -> Found:
@@ -70,20 +72,20 @@ def plain_int8(problem: Problem, known: Baseline, *, first_is_enough: bool) -> F
     found = Found(survey(problem, ctx, with_gains=False, admit=stores_eight_bits))
     find_fragile(problem, ctx, found.ground.effects.table, found.ground.sites)
     for table in _variants(problem, found.ground):
-        _run(problem, known, found, table, first_cap=NO_CAP, enough=first_is_enough, candidates=1)
+        run_pass(problem, known, found, table, cap=NO_CAP, enough=first_is_enough, candidates=1)
         if found.interrupted:
             return found
     if found.best is None:
         found.ground = survey(problem, ctx, with_gains=True, admit=stores_eight_bits)
-        table = _usable(problem, found.ground)
-        worst = propose(_state(problem, known, found, table))
+        table = usable_table(problem, found.ground)
+        worst = propose(state_of(problem, known, found, table))
         cap = NO_CAP if worst is None else max(worst.predicted.loss / 3, 1e-8)
-        _run(problem, known, found, table, first_cap=cap, enough=first_is_enough)
+        run_pass(problem, known, found, table, cap=cap, enough=first_is_enough)
     if found.best is not None and found.best.measured is not None and not found.interrupted:
         ratio = found.best.measured.latency_ratio
-        if ratio is not None and ratio >= 1 and _used(found.best.plan.decisions) & _integers(problem):
-            table = without(_usable(problem, found.ground), _integers(problem))
-            _run(problem, known, found, table, first_cap=NO_CAP, enough=first_is_enough, candidates=1)
+        if ratio is not None and ratio >= 1 and _used(found.best.plan.decisions) & integers(problem):
+            table = without(usable_table(problem, found.ground), integers(problem))
+            run_pass(problem, known, found, table, cap=NO_CAP, enough=first_is_enough, candidates=1)
     return found
 
 
@@ -95,14 +97,14 @@ def fronts(problem: Problem, known: Baseline, points: int) -> Found:
     find_fragile(problem, ground.ctx, ground.effects.table, ground.sites)
     found = Found(ground)
     start = base(problem, known)
-    table = _usable(problem, ground)
+    table = usable_table(problem, ground)
     ends = [front.size_at(bits, start.size_bytes, table) for bits in (front.WIDEST_BITS, front.NARROWEST_BITS)]
     seen: list[tuple[int, float]] = []
     problem.progress.start("measuring the front", points)
     for i in range(points):
         limit = ends[i] if i < len(ends) else front.next_size(seen)
         budget = Budget(max_size_bytes=limit, minimize="drop")
-        state = _state(problem, known, found, table, budget=budget, candidates=2)
+        state = state_of(problem, known, found, table, budget=budget, candidates=2)
         search(state, first_loss_cap=NO_CAP)
         drops = [a.measured.drop for a in state.attempts if a.measured is not None and a.measured.drop is not None]
         seen.append((limit, min(drops, default=math.inf)))
@@ -110,16 +112,9 @@ def fronts(problem: Problem, known: Baseline, points: int) -> Found:
         found.interrupted = state.interrupted
         problem.progress.advance()
         if state.interrupted or problem.out_of_time():
-            break
+            return found
+    widen.Wider(problem, known, found, table).front(seen)
     return found
-
-
-def _usable(problem: Problem, ground: Ground) -> dict[str, list[Choice]]:
-    return usable(ground.effects.table, ground.sites, ground.ctx.fragile, _integers(problem))
-
-
-def _integers(problem: Problem) -> frozenset[str]:
-    return integer_names(problem.techniques.values())
 
 
 def _refused_at_once(problem: Problem, known: Baseline) -> str | None:
@@ -127,80 +122,30 @@ def _refused_at_once(problem: Problem, known: Baseline) -> str | None:
     shapes = dict(interface(problem))
     proofs = [bounds.memory_bound(problem.budget, shapes)]
     if problem.budget.max_size_bytes is not None:
-        weights = cost.costs(problem.model, input_shapes=_shapes(problem)).weight_bytes
+        weights = cost.costs(problem.model, input_shapes=problem.shapes()).weight_bytes
         whole = base(problem, known).size_bytes
-        least = max(whole - weights, 0) + weights // 32
-        binding = f"one bit for each weight and {max(whole - weights, 0)} B of graph"
+        rest = max(whole - weights, 0)
+        shrinks = bool(problem.of_stage(structure=True))  # whole channels may go, so that no bit is left of a weight
+        least = rest if shrinks else rest + weights // 32
+        binding = f"{'' if shrinks else 'one bit for each weight and '}{rest} B of graph"
         proofs.append(bounds.Bound("size", least, problem.budget.max_size_bytes, binding))
     return bounds.refusal(proofs)
 
 
-def _shapes(problem: Problem) -> dict[str, tuple[int, ...]]:
-    return {name: a.shape for name, a in first_feeds(problem.splits.calibration, 1)[0].items()}
-
-
-def _first_cap(budget: Budget) -> float:
-    return min(LOSS_PER_DROP * budget.max_drop, NO_CAP) if budget.max_drop else 0.05
-
-
-def _state(
-    problem: Problem,
-    known: Baseline,
-    found: Found,
-    table: Mapping[str, Sequence[Choice]],
-    *,
-    budget: Budget | None = None,
-    candidates: int | None = None,
-) -> State:
-    left = max(problem.request.max_candidates - len(found.attempts), 1) if candidates is None else candidates
-    return State(
-        table,
-        budget or problem.budget,
-        base(problem, known),
-        lambda plan: measure_plan(problem, known, found.ground.ctx, plan),
-        problem.out_of_time,
-        left,
-        lambda best: announce(problem, best),
-    )
-
-
-def _run(
-    problem: Problem,
-    known: Baseline,
-    found: Found,
-    table: Mapping[str, Sequence[Choice]],
-    *,
-    first_cap: float,
-    enough: bool,
-    candidates: int | None = None,
-) -> None:
-    """One search over `table`; what it found is added to `found`."""
-    state = _state(problem, known, found, table, candidates=candidates)
-    state.best = found.best
-    good: Callable[[Attempt], bool] | None = None
-    if enough:
-        good = lambda a: a.measured is not None and within(problem.budget, a.measured)  # noqa: E731
-    search(state, first_loss_cap=first_cap, enough=good)
-    known_before = {a.index for a in found.attempts}
-    found.attempts.extend(a for a in state.attempts if a.index not in known_before)
-    found.best, found.stop_reason = state.best, state.stop_reason
-    found.interrupted = found.interrupted or state.interrupted
-
-
 def _variants(problem: Problem, ground: Ground) -> list[dict[str, list[Choice]]]:
     """The 8-bit tables worth measuring: the solver's own choice, and each integer technique alone where contested."""
-    table = _usable(problem, ground)
+    table = usable_table(problem, ground)
     macs = problem.facts.get("macs", {})
 
     def work(site: str) -> float:
         return float(sum(macs.get(n, 0) or 0 for n in ground.sites[site].nodes))
 
-    integers = _integers(problem)
-    contested = [s for s, cs in table.items() if len(_used(c.decision for c in cs) & integers) > 1]
+    names = integers(problem)
+    contested = [s for s, cs in table.items() if len(_used(c.decision for c in cs) & names) > 1]
     share = sum(map(work, contested)) / max(sum(map(work, table)), 1.0)
     if share < CONTESTED_SHARE:
         return [table]
-    return [without(table, {t}) for t in sorted(integers)]
+    return [without(table, {t}) for t in sorted(names)]
 
 
 def _used(decisions: Iterable[Decision]) -> set[str]:

@@ -15,8 +15,8 @@ import numpy as np
 from featherweight.core import Decision, Effect, total
 from featherweight.search.highs import binary_program
 
-Dimension = Literal["size_bytes", "latency_ms", "peak_bytes", "loss"]
-DIMENSIONS: tuple[Dimension, ...] = ("size_bytes", "latency_ms", "peak_bytes", "loss")
+Dimension = Literal["size_bytes", "latency_ms", "peak_bytes", "loss", "macs"]
+DIMENSIONS: tuple[Dimension, ...] = ("size_bytes", "latency_ms", "peak_bytes", "loss", "macs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,9 @@ class Solution:
 
 
 def matrix(choices: Sequence[Choice]) -> np.ndarray:
-    """Effects as an array (choices, 4) float64 in the order of DIMENSIONS."""
-    return np.array([[float(getattr(c.effect, d)) for d in DIMENSIONS] for c in choices], np.float64).reshape(-1, 4)
+    """Effects as an array (choices, 5) float64 in the order of DIMENSIONS."""
+    rows = [[float(getattr(c.effect, d)) for d in DIMENSIONS] for c in choices]
+    return np.array(rows, np.float64).reshape(-1, len(DIMENSIONS))
 
 
 def prune_dominated(choices: Sequence[Choice]) -> list[Choice]:

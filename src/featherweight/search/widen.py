@@ -1,0 +1,280 @@
+"""Structure where numbers alone do not do, or where it may do better.
+
+A structure is dear: building it, solving its weights anew and reading its statistics take passes over the data. So a
+few are tried, each the structure part of the best joint plan (`joint`) under a cap on the predicted loss. How much of
+the predicted loss is real is measured on the float model before any number is rounded; then the numeric part is
+searched again on that model, with its own statistics. What does not beat the best so far by measurement is dropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from featherweight.core import Attempt, Budget, Decision, Effect, Plan
+from featherweight.errors import RunError, TechniqueError
+from featherweight.graph import io
+from featherweight.graph.weights import weights
+from featherweight.search import bounds, joint, loop, stage
+from featherweight.search.baseline import Baseline, base
+from featherweight.search.effects import SiteFacts, modelled_latency_ms
+from featherweight.search.measured import announce, measure_plan
+from featherweight.search.options import Structure, structure_options, weight_options
+from featherweight.search.passes import Found, first_cap, searched, take, usable_table
+from featherweight.search.prepare import Ground, probed_gains, site_facts, staged, survey
+from featherweight.search.probe import child_distance
+from featherweight.search.problem import Problem, first_feeds
+from featherweight.search.solve import Choice
+from featherweight.search.stage import Staged
+
+#: Structures built and measured at most, numeric candidates tried on each, and structures tried for a front.
+MOST_STRUCTURES = 6
+CANDIDATES_EACH = 3
+MOST_FOR_A_FRONT = 3
+#: Batches on which the noise of a changed structure is measured.
+NOISE_BATCHES = 12
+SMALLEST_STEP = 1.3
+SCALES = (0.02, 50.0)
+
+
+@dataclass
+class Trial:
+    """One structure, built: a problem of its own, what can be done to its numbers, and its measured output noise."""
+
+    problem: Problem
+    staged: Staged
+    ground: Ground
+    noise: float
+    base: loop.Base
+
+
+class Wider:
+    """The search for structure, from where the search over numbers alone came to."""
+
+    def __init__(self, problem: Problem, known: Baseline, found: Found, table: dict[str, list[Choice]]) -> None:
+        self.problem, self.known, self.found, self.table = problem, known, found, table
+        self.base = base(problem, known)
+        self.scale = 1.0
+        self.tried: set[str] = set()
+
+    @property
+    def possible(self) -> bool:
+        """True if any technique may change the structure."""
+        return bool(self.problem.of_stage(structure=True))
+
+    def share_of_numbers(self, candidates: int) -> int:
+        """How many of the candidates go to numbers alone."""
+        return candidates - candidates // 3 if self.possible else candidates
+
+    def wanted(self) -> bool:
+        """True if structure may help: a limit is missed, or there is something to minimise within a drop."""
+        budget, found = self.problem.budget, self.found
+        if not self.possible or found.interrupted or self._exhausted():
+            return False
+        return found.best is None or (budget.minimize != "drop" and budget.max_drop is not None)
+
+    def proofs(self) -> list[bounds.Bound]:
+        """The least bytes and MACs that structure and numbers together can reach."""
+        floor = self._floor()
+        return bounds.structure_bounds(self.problem.budget, self.joint, self.base, floor)
+
+    def search(self, *, enough: bool) -> None:
+        """Try structures until none is left that promises more; what is found is added to `found`."""
+        try:
+            self._search(self.problem.budget, enough=enough)
+        except KeyboardInterrupt:
+            self.found.interrupted, self.found.stop_reason = True, "stopped by the user"
+
+    def front(self, seen: Sequence[tuple[int, float]]) -> None:
+        """Structures at the sizes where numbers alone begin to lose; `seen` are (bytes, drop)."""
+        if not self.possible or self.found.interrupted or self.structure.empty:
+            return
+        worse = sorted((size for size, drop in seen if drop > 0), reverse=True)
+        try:
+            for size in worse[: min(MOST_FOR_A_FRONT, max(len(seen) // 3, 1))]:
+                if self.problem.out_of_time():
+                    return
+                self._one(Budget(max_size_bytes=size, minimize="drop"), math.inf, enough=False, candidates=2)
+        except KeyboardInterrupt:
+            self.found.interrupted, self.found.stop_reason = True, "stopped by the user"
+
+    @cached_property
+    def structure(self) -> Structure:
+        """All that structure can do, estimated on the model as it is."""
+        problem, ctx = self.problem, self.found.ground.ctx
+        ctx = dataclasses.replace(ctx, gains=self.gains)
+        return structure_options(
+            problem.model, list(problem.of_stage(structure=True).values()), ctx, self.gains, problem.progress
+        )
+
+    @cached_property
+    def gains(self) -> dict[str, float]:
+        """Gain of each weight."""
+        known = {name: facts.gain for name, facts in self.found.ground.facts.items()}
+        return known or probed_gains(self.problem, self.found.ground.ctx, weights(self.problem.model))
+
+    @cached_property
+    def joint(self) -> joint.Joint:
+        """Options of all weights and groups."""
+        structure, by_name = self.structure, {w.name: w for w in weights(self.problem.model)}
+        sites = {**structure.sites, **self.found.ground.sites}
+        facts = site_facts(self.problem, sites, by_name, self.gains)
+        options = {
+            name: weight_options(
+                sites[name], facts[name], self.table.get(name, ()), structure.factors.get(name, ()), by_name.get(name)
+            )
+            for name in dict.fromkeys([*self.table, *structure.factors])
+        }
+        for name in structure.groups:
+            held = sum(sites[t].size_bytes for t in sites[name].tensors if t in options)
+            facts[name] = SiteFacts(0.0, max(sites[name].size_bytes - held, 0))
+        return joint.Joint(sites, facts, options, structure.groups)
+
+    def _search(self, budget: Budget, *, enough: bool) -> None:
+        if self.structure.empty:
+            return
+        low, high = 0.0, math.inf
+        cap = math.inf if budget.minimize == "drop" else self.found.met_cap or first_cap(budget)
+        for _ in range(MOST_STRUCTURES):
+            if self._exhausted():
+                return
+            met = self._one(budget, cap, enough=enough, candidates=CANDIDATES_EACH)
+            if met is None or self.found.interrupted or (enough and self.found.best is not None):
+                return
+            if not math.isfinite(cap):
+                continue
+            low, high = (max(low, cap), high) if met else (low, min(high, cap))
+            if high / max(low, 1e-12) < SMALLEST_STEP:
+                return
+            cap = math.sqrt(low * high) if low and math.isfinite(high) else cap * 2 if met else cap / 2
+
+    def _one(self, budget: Budget, cap: float, *, enough: bool, candidates: int) -> bool | None:
+        """Build the best structure under the cap and search its numbers: did one stay within the limits?
+
+        None if no structure is worth trying.
+        """
+        caps = loop.caps_of(budget, self.base, self.found.correction)
+        caps["loss"] = cap
+        start = self.found.best.plan.by_site() if self.found.best else None
+        chosen = joint.propose(
+            self.joint, caps, loop.objective_weights(budget.minimize, self.base), scale=self.scale, start=start
+        )
+        if chosen is None:
+            return False if math.isfinite(cap) and not self.tried else None
+        decisions = stage.structure_part(Plan(chosen.decisions), self.problem.techniques)
+        if not decisions:
+            return None
+        key = stage.stage_key(self.problem.model_sha256, decisions, self.problem.request.seed)
+        if key in self.tried:
+            return True if math.isfinite(cap) else None
+        self.tried.add(key)
+        trial = self._built(decisions)
+        if trial is None:
+            return False
+        self.scale = min(max(trial.noise / max(chosen.structural / self.scale, 1e-12), SCALES[0]), SCALES[1])
+        if trial.noise > cap or (budget.max_macs is not None and trial.base.macs > budget.max_macs):
+            return False
+        return self._numbers(trial, budget, cap, enough=enough, candidates=candidates)
+
+    def _built(self, decisions: Sequence[Decision]) -> Trial | None:
+        """The structure, or None after noting why it cannot be."""
+        problem, ground = self.problem, self.found.ground
+        try:
+            made = staged(problem, dataclasses.replace(ground.ctx, gains=self.gains), decisions)
+            noise = problem.journal.phase(f"noise of {made.key}", lambda: _noise(problem, made))
+        except (TechniqueError, RunError) as e:
+            problem.note("structure", f"a structure of {len(decisions)} changes could not be built: {e}")
+            return None
+        own = dataclasses.replace(problem, model=made.model, model_path=made.path, facts={})
+        gains = {name: self.gains.get(name, 1.0) for name in self.gains}
+        for site, names in made.left.items():
+            gains.update(dict.fromkeys(names, self.gains.get(site, 1.0)))
+        ctx = dataclasses.replace(ground.ctx, stats=made.stats, cache={}, fragile=_fragile(ground, made), gains=gains)
+        table = survey(own, ctx, with_gains=False, gains=gains)
+        macs = own.macs()
+        start = loop.Base(
+            io.size_bytes(made.path), max(modelled_latency_ms(macs), 1e-6), self.base.peak_bytes,
+            self.base.measured_ms, macs,
+        )  # fmt: skip
+        return Trial(own, made, table, noise, start)
+
+    def _numbers(self, trial: Trial, budget: Budget, cap: float, *, enough: bool, candidates: int) -> bool:
+        """Search the numeric part on one structure; True if a candidate stayed within the limits."""
+        found, own, made = self.found, trial.problem, trial.staged
+        before, here = found.best, trial.base
+        offset = Effect(
+            here.size_bytes - self.base.size_bytes, here.latency_ms - self.base.latency_ms, 0, trial.noise,
+            here.macs - self.base.macs,
+        )  # fmt: skip
+        left = self.problem.request.max_candidates - len(found.attempts)
+        state = loop.State(
+            usable_table(own, trial.ground),
+            budget,
+            here,
+            lambda plan: _shifted(measure_plan(own, self.known, trial.ground.ctx, plan), offset),
+            own.out_of_time,
+            max(min(candidates, left), 1),
+            lambda best: announce(own, best),
+            lambda plan: stage.whole_plan(found.ground.sites, made.decisions, plan, made.left),
+            loop.Correction(latency_factor=found.correction.latency_factor * here.latency_ms / self.base.latency_ms),
+        )
+        correction, met_cap, reason = found.correction, found.met_cap, found.stop_reason
+        inner = min(max(cap - trial.noise, 0.15 * cap), 25.0)
+        take(found, searched(state, found, cap=inner, enough=enough))
+        found.correction, found.met_cap = correction, met_cap  # those are of the model with its structure whole
+        if found.best is not before:
+            found.grounds[made.key] = trial.ground
+        else:
+            found.stop_reason = reason or found.stop_reason
+            self.problem.stages.pop(made.key, None)
+        return any(a.measured is not None and loop.within(budget, a.measured) for a in state.attempts)
+
+    def _exhausted(self) -> bool:
+        spent = len(self.found.attempts) >= self.problem.request.max_candidates
+        return spent or self.problem.out_of_time()
+
+    def _floor(self) -> bounds.Floor | None:
+        """The model with every group at its narrowest; None if they cannot all be cut."""
+        problem = self.problem
+        narrow = [min(g, key=lambda o: o.size).decision for g in self.structure.groups.values() if len(g) > 1]
+        try:
+            model = stage.cut_only(
+                problem.model, narrow, dataclasses.replace(self.found.ground.ctx, gains=self.gains),
+                problem.of_stage(structure=True),
+            )  # fmt: skip
+        except TechniqueError:
+            return None
+        return bounds.floor_of(model, problem.shapes(), narrow)
+
+
+def _shifted(attempt: Attempt, offset: Effect) -> Attempt:
+    """The attempt with its prediction against the whole model, not against its structure."""
+    p = attempt.plan.predicted
+    moved = Effect(
+        p.size_bytes + offset.size_bytes, p.latency_ms + offset.latency_ms, p.peak_bytes, p.loss + offset.loss,
+        p.macs + offset.macs,
+    )  # fmt: skip
+    return dataclasses.replace(attempt, plan=dataclasses.replace(attempt.plan, predicted=moved))
+
+
+def _fragile(ground: Ground, made: Staged) -> frozenset[str]:
+    """Fragile nodes of the model with its structure whole, and what came in the place of such."""
+    known = {w.name: w for w in weights(made.model)}
+    found = set(ground.ctx.fragile)
+    for site, names in made.left.items():
+        if site in ground.sites and found.intersection(ground.sites[site].nodes):
+            found.update(u.path for n in names if n in known for u in known[n].uses)
+    return frozenset(found)
+
+
+def _noise(problem: Problem, made: Staged) -> float:
+    """Output noise over signal of the changed structure in float, on validation data."""
+    feeds = first_feeds(problem.splits.validation, NOISE_BATCHES)
+    found: float = problem.worker.call(
+        child_distance, str(problem.model_path), str(made.path), feeds, problem.profile.threads,
+        doing="running a changed structure",
+    )  # fmt: skip
+    return found if math.isfinite(found) else 1e6
