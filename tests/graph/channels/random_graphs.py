@@ -295,7 +295,8 @@ IMAGE_BLOCKS: dict[str, Block] = {
 TOKEN_BLOCKS: dict[str, Block] = {
     f.__name__[1:]: f
     for f in (
-        _mlp, _pre_norm, _attention, _attention_packed, _attention_stacked, _attention_grouped, _attention_one_head, _recurrent,
+        _mlp, _pre_norm, _attention, _attention_packed, _attention_stacked, _attention_grouped,
+        _attention_one_head, _recurrent,
     )
 }  # fmt: skip
 

@@ -30,8 +30,8 @@ class Convolution:
         if groups > 1:
             out = self._grouped(node, f, weight, channels, groups)
         else:
+            f.tie_reduced(node, weight, 0 if transposed else 1, channels)
             if channels is not None:
-                f.tie_axis(weight, 0 if transposed else 1, channels)
                 width = int(np.prod(weight.shape[2:]))
                 f.readers.append(Reader(weight.base.name or "", f.where(node), channels[None], width))
             out = f.axis(weight, 1 if transposed else 0, born_at=f.where(node))
@@ -161,8 +161,8 @@ class Product:
         axis = 0 if _int(node, "transA", 0) else 1
         channels = f.narrowed(node, source, axis, "is multiplied along another axis")
         out = f.axis(weight, free, born_at=f.where(node))
+        f.tie_reduced(node, weight, reduced, channels)
         if channels is not None:
-            f.tie_axis(weight, reduced, channels)
             f.readers.append(Reader(weight.base.name or "", f.where(node), channels[None], 1))
         f.work[node] = [(1.0, [out] if channels is None else [channels, out])]
         if len(node.inputs) > 2 and node.inputs[2] is not None:
@@ -210,11 +210,13 @@ class MatrixProduct:
         shape, out_shape = f.dims(source), f.dims(node.outputs[0])
         if shape is None or out_shape is None or len(shape) < 2 or any(n != 1 for n in weight.shape[:-2]):
             f.freeze(node, "is multiplied with a stack of matrices, or its shape is not known")
+            for own in range(len(weight.shape)):
+                f.tie_reduced(node, weight, own, None)
             return
         if len(weight.shape) < 2:
             alone = f.narrowed(node, source, len(shape) - 1, "is multiplied with a vector along another axis")
+            f.tie_reduced(node, weight, 0, alone)
             if alone is not None:
-                f.tie_axis(weight, 0, alone)
                 f.readers.append(Reader(weight.base.name or "", f.where(node), alone[None], 1))
             return
         last = len(weight.shape)
@@ -225,6 +227,8 @@ class MatrixProduct:
         axes = () if carried is None else varying(carried)
         if carried is not None and axes and axis not in axes:
             # Channels on another axis pass; those the weight makes would be a second kind on one value.
+            for own in (reduced, free):
+                f.tie_reduced(node, weight, own, None)
             f.carry(node.outputs[0], carried.reshape((1,) * (len(out_shape) - len(shape)) + carried.shape))
             f.work[node] = [(1.0, [carried])]
             return
@@ -232,8 +236,8 @@ class MatrixProduct:
             f.freeze(node, "is multiplied along one of two axes that carry channels", source)
         channels = f.narrowed(node, source, axis, "is multiplied along another axis")
         out = f.axis(weight, free, born_at=f.where(node))
+        f.tie_reduced(node, weight, reduced, channels)
         if channels is not None:
-            f.tie_axis(weight, reduced, channels)
             f.readers.append(Reader(weight.base.name or "", f.where(node), channels[None], 1))
         f.work[node] = [(1.0, [out] if channels is None else [channels, out])]
         f.carry(node.outputs[0], out.reshape(tuple(-1 if i == made_on else 1 for i in range(len(out_shape)))))

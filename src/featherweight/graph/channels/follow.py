@@ -160,6 +160,13 @@ class Following:
         else:
             self.slots.link(self.axis(tensor, axis), slots)
 
+    def tie_reduced(self, node: ir.Node, tensor: Stored, axis: int, channels: I64 | None) -> None:
+        """The axis of a weight that a layer sums over goes with its input's channels, or stays if it has none."""
+        if channels is not None:
+            self.tie_axis(tensor, axis, channels)
+        else:
+            self.slots.freeze(self.axis(tensor, axis), self.where(node), "reads a value that cannot lose channels")
+
     def follow_constant(self, node: ir.Node, index: int, full: I64) -> None:
         """A stored tensor combined element by element with channels `full` is cut with them."""
         parts = constant_axes(node.inputs[index], full)

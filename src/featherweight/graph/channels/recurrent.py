@@ -33,8 +33,9 @@ class Recurrent:
             f.tie_axis(w, 2, carried.reshape(-1))
             rows = np.repeat(carried.reshape(1, -1), directions, axis=0)
             f.readers.append(Reader(w.base.name or "", f.where(node), rows, 1))
-        elif carried is not None:
+        else:
             f.freeze(node, "enters a recurrent layer on another axis", source)
+            f.tie_reduced(node, w, 2, None)
             carried = None
         units = f.slots.new((directions, hidden))
         for row in units:

@@ -170,7 +170,7 @@ def rectangle(mask: npt.NDArray[np.bool_]) -> tuple[int, ...] | None:
     ]
     if math.prod(sizes) == total:
         return tuple(sizes)
-    for ragged in axes:
+    for ragged in reversed(axes):
         others = math.prod(n for a, n in enumerate(sizes) if a != ragged)
         counts = mask.sum(axis=ragged)
         if others and total % others == 0 and set(np.unique(counts)) <= {0, total // others}:
