@@ -83,7 +83,7 @@ def pruned_at(
 
 
 def macs(net: nn.Module, example: tuple[torch.Tensor, ...]) -> int:
-    """Multiply-accumulates of the layers with weights in one call."""
+    """Multiply-accumulates of the layers with weights, and of the products in a converted network, in one call."""
     total = 0
 
     def count(module: nn.Module, args: tuple[torch.Tensor, ...], out: Any) -> None:
@@ -91,10 +91,11 @@ def macs(net: nn.Module, example: tuple[torch.Tensor, ...]) -> int:
         if isinstance(module, nn.LSTM):
             total += args[0].shape[0] * args[0].shape[1] * sum(w.numel() for w in module.parameters() if w.ndim == 2)
         else:
-            total += out.numel() * module.weight[0].numel()
+            total += out.numel() * (module.weight[0].numel() if hasattr(module, "weight") else args[0].shape[-1])
 
     counted = (nn.Conv1d, nn.Conv2d, nn.Linear, nn.LSTM)
-    hooks = [m.register_forward_hook(count) for m in net.modules() if isinstance(m, counted)]
+    layers = [m for m in net.modules() if isinstance(m, counted) or type(m).__name__ == "OnnxMatMul"]
+    hooks = [m.register_forward_hook(count) for m in layers]
     with torch.no_grad():
         net(*example)
     for hook in hooks:

@@ -7,6 +7,7 @@ and kept in benchmarks/.work; `--redo` makes them again. All files are evaluated
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 import sys
@@ -66,11 +67,21 @@ def make_ours(task: Task, name: str, asked: tuple[str, ...]) -> tuple[Row, Path]
         "-o",
         str(folder),
     ]
-    return made_by(name, command, folder / "model.onnx", OURS_LIMIT_S), folder / "model.onnx"
+    out = folder / "model.onnx"
+    row = made_by(name, command, out, OURS_LIMIT_S)
+    if row.error.startswith("exit 3"):  # the budget is not met: the verdict and its reason stand first
+        said = [line.strip() for line in log_of(out).read_text().splitlines() if line.strip()]
+        row = dataclasses.replace(row, error=": ".join(said[:2])[:200])
+    return row, out
+
+
+def log_of(out: Path) -> Path:
+    """What the process that made `out` printed."""
+    return WORK / "logs" / f"{out.parent.name}-{out.stem}.txt"
 
 
 def made_by(tool: str, command: list[str], out: Path, limit_s: float) -> Row:
-    log = WORK / "logs" / f"{out.parent.name}-{out.stem}.txt"
+    log = log_of(out)
     log.parent.mkdir(parents=True, exist_ok=True)
     cost = process.run(command, cwd=HERE.parent, log=log, limit_s=limit_s)
     return Row(tool, wall_s=cost.wall_s, peak_bytes=cost.peak_bytes, error=cost.error)
