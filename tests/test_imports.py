@@ -34,10 +34,11 @@ ALLOWED = {
     "words": SEARCHED | {"embeddings"},
     "inspection": SEARCHED,
     "channel_view": GRAPH,
+    "layer_view": SEARCHED,
     "pipeline": SEARCHED | {"inspection", "report"},
     "testing": SEARCHED,
     "demo": SEARCHED | {"pipeline", "inspection", "report"},
-    "cli": SEARCHED | {"pipeline", "inspection", "channel_view", "report", "demo", "embeddings", "words"},
+    "cli": SEARCHED | {"pipeline", "inspection", "channel_view", "layer_view", "report", "demo", "embeddings", "words"},
     "__init__": set(),
 }
 
