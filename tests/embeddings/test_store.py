@@ -49,12 +49,14 @@ def test_gensim_reads_our_word2vec_files(tmp_path: Path) -> None:
         np.testing.assert_array_equal(vectors.vectors, VECTORS)
 
 
-def test_a_word_is_found_by_its_hash_among_collisions() -> None:
-    # CRC-32 of these two is the same (0x4DDB0C25), a known pair.
-    words = ["plumless", "cat", "buckeroo"]
+def test_a_word_is_found_by_bisection() -> None:
+    rng = np.random.default_rng(0)
+    words = list(dict.fromkeys("".join(rng.choice(list("abé고"), rng.integers(1, 5))) for _ in range(300)))
     packed = vocabulary.pack(words)
-    assert packed.hashes[0] == packed.hashes[1] or packed.hashes[1] == packed.hashes[2]
-    assert [packed.find(w) for w in [*words, "codding"]] == [0, 1, 2, None]
+    assert [packed.find(w) for w in words] == list(range(len(words)))
+    assert [packed.word(i) for i in range(len(words))] == words
+    assert all(packed.find(w) is None for w in ("", "A", "zz", "고고고고고고", "a b"))
+    assert vocabulary.pack([]).find("a") is None
 
 
 def test_first_lookup_reads_little(tmp_path: Path) -> None:
@@ -64,7 +66,7 @@ def test_first_lookup_reads_little(tmp_path: Path) -> None:
     )
     table = fw.words.load(path)
     mapped = table._packed
-    assert all(isinstance(a, np.memmap) for a in (mapped.text, mapped.offsets, mapped.hashes, mapped.rows))
+    assert all(isinstance(a, np.memmap) for a in (mapped.text, mapped.offsets, mapped.order))
     assert table["w2999"].shape == (50,)
 
 
@@ -108,11 +110,11 @@ def test_another_version_or_torn_index_is_refused(tmp_path: Path) -> None:
     newer = changed("n.safetensors", lambda h: h["__metadata__"].update(format="featherweight words 9"))
     with pytest.raises(DataError, match="has the format 'featherweight words 9', but this version reads"):
         fw.words.load(newer)
-    torn = changed("t.safetensors", lambda h: h["words.rows"].update(shape=[2], data_offsets=[0, 8]))
+    torn = changed("t.safetensors", lambda h: h["words.order"].update(shape=[2], data_offsets=[0, 8]))
     with pytest.raises(DataError, match="words"):
         fw.words.load(torn)
-    less = changed("l.safetensors", lambda h: h.pop("words.hashes"))
-    with pytest.raises(DataError, match=r"words\.hashes is missing"):
+    less = changed("l.safetensors", lambda h: h.pop("words.order"))
+    with pytest.raises(DataError, match=r"words\.order is missing"):
         fw.words.load(less)
 
 

@@ -16,7 +16,7 @@ from featherweight.embeddings.write import FORMAT, VECTORS
 from featherweight.errors import DataError
 
 Rows = Callable[[npt.NDArray[np.int64]], F32]
-WORD_ARRAYS = ("words.offsets", "words.hashes", "words.rows", "words.text")
+WORD_ARRAYS = ("words.offsets", "words.order", "words.text")
 CHUNK_ROWS = 1 << 14
 
 
@@ -155,24 +155,22 @@ def indexed(header: safetensors.Header) -> Words:
     missing = [n for n in WORD_ARRAYS if n not in header.tensors]
     if missing:
         raise DataError(f"{header.path} must hold {', '.join(WORD_ARRAYS)}, but {missing[0]} is missing")
-    offsets, hashes, rows, text = (header.mapped(n) for n in WORD_ARRAYS)
-    wanted = {
-        "words.offsets": ("I64", len(rows) + 1),
-        "words.hashes": ("U32", len(rows)),
-        "words.rows": ("U32", len(rows)),
-    }
-    for name, (dtype, size) in wanted.items():
+    offsets, order, text = (header.mapped(n) for n in WORD_ARRAYS)
+    wanted = {"words.offsets": (("U32", "I64"), len(order) + 1), "words.order": (("U32",), len(order))}
+    for name, (types, size) in wanted.items():
         t = header.tensors[name]
-        if t.dtype != dtype or t.shape != (size,):
-            raise DataError(f"{header.path}: {name} must be {dtype} ({size},), but is {t.dtype} {t.shape}")
-    packed = Packed(text, offsets, hashes, rows)
+        if t.dtype not in types or t.shape != (size,):
+            raise DataError(f"{header.path}: {name} must be {' or '.join(types)} ({size},), but is {t.dtype} {t.shape}")
+    packed = Packed(text, offsets, order)
     if "coding" in header.metadata:
         from featherweight.embeddings.compressed import from_header
 
         coded = from_header(header)
+        if coded.n_rows != len(order):
+            raise DataError(f"{header.path} holds {len(order)} words, but its coding {coded.n_rows} rows")
         return Words(packed, coded.rows, coded.dim, where=str(header.path))
     vectors = header.tensors.get(VECTORS)
-    if vectors is None or vectors.dtype != "F32" or len(vectors.shape) != 2 or vectors.shape[0] != len(rows):
-        raise DataError(f"{header.path} must hold float32 vectors ({len(rows)}, dim), but they are {vectors}")
+    if vectors is None or vectors.dtype != "F32" or len(vectors.shape) != 2 or vectors.shape[0] != len(order):
+        raise DataError(f"{header.path} must hold float32 vectors ({len(order)}, dim), but they are {vectors}")
     mapped = header.mapped(VECTORS)
     return Words(packed, lambda r: np.asarray(mapped[r]), vectors.shape[1], where=str(header.path))

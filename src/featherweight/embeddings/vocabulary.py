@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,34 +86,39 @@ def read_counts(path: Path) -> dict[str, int]:
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """Words as arrays that may be memory-mapped: looked up by a sorted hash, no word is read but the right one.
+    """Words as arrays that may be memory-mapped: one is found by bisection, no more than some twenty are read.
 
-    Word i is text[offsets[i]:offsets[i + 1]] in UTF-8; `hashes` are the sorted CRC-32 of all words, `rows` whose.
+    Word i is text[offsets[i]:offsets[i + 1]] in UTF-8; `order` are the rows sorted by these bytes.
     """
 
     text: npt.NDArray[np.uint8]
-    offsets: npt.NDArray[np.int64]
-    hashes: npt.NDArray[np.uint32]
-    rows: npt.NDArray[np.uint32]
+    offsets: npt.NDArray[np.uint32] | npt.NDArray[np.int64]
+    order: npt.NDArray[np.uint32]
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.order)
+
+    def _bytes(self, row: int) -> bytes:
+        return self.text[int(self.offsets[row]) : int(self.offsets[row + 1])].tobytes()
 
     def word(self, row: int) -> str:
         """The word of one row."""
-        return bytes(self.text[self.offsets[row] : self.offsets[row + 1]]).decode("utf-8", "replace")
+        return self._bytes(row).decode("utf-8", "replace")
 
     def find(self, word: str) -> int | None:
         """Row of a word, None if it is not there."""
         raw = word.encode("utf-8", "surrogatepass")
-        wanted = np.uint32(zlib.crc32(raw))
-        at = int(np.searchsorted(self.hashes, wanted))
-        while at < len(self.hashes) and self.hashes[at] == wanted:
-            row = int(self.rows[at])
-            if bytes(self.text[self.offsets[row] : self.offsets[row + 1]]) == raw:
-                return row
-            at += 1
-        return None
+        low, high = 0, len(self.order)
+        while low < high:
+            middle = (low + high) // 2
+            if self._bytes(int(self.order[middle])) < raw:
+                low = middle + 1
+            else:
+                high = middle
+        if low == len(self.order):
+            return None
+        row = int(self.order[low])
+        return row if self._bytes(row) == raw else None
 
 
 def pack(words: Sequence[str]) -> Packed:
@@ -122,6 +126,6 @@ def pack(words: Sequence[str]) -> Packed:
     raw = [w.encode("utf-8", "surrogatepass") for w in words]
     offsets = np.zeros(len(raw) + 1, np.int64)
     np.cumsum([len(r) for r in raw], out=offsets[1:])
-    hashes = np.fromiter((zlib.crc32(r) for r in raw), np.uint32, len(raw))
-    order = np.argsort(hashes, kind="stable").astype(np.uint32)
-    return Packed(np.frombuffer(b"".join(raw), np.uint8), offsets, hashes[order], order)
+    order = np.array(sorted(range(len(raw)), key=raw.__getitem__), np.uint32)
+    narrow = offsets.astype(np.uint32) if offsets[-1] < 1 << 32 else offsets
+    return Packed(np.frombuffer(b"".join(raw), np.uint8), narrow, order)

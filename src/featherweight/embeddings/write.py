@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +18,7 @@ from featherweight.errors import OutputError
 
 FORMAT = "featherweight words 1"
 VECTORS = "vectors"
+ENTRY_BYTES = 100  # of the header, for one array
 HEADER_BYTES = 24  # room for "rows dim", which is known last
 
 
@@ -111,24 +114,65 @@ def write_indexed(path: Path, blocks: Iterable[Block], dim: int) -> int:
     return len(words)
 
 
-def write_coded(
-    path: Path, words: list[str], arrays: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str]
-) -> None:
-    """Our own form with coded vectors: `arrays` and `metadata` are those of a `Compressed` table."""
+def write_coded(path: Path, words: Sequence[str], coded: Coded) -> None:
+    """Our own form with coded vectors. Raises OutputError."""
     with whole_file(path) as file:
-        out = safetensors.Writer(file, {"format": FORMAT, **metadata}, header_bytes=(1 << 16) - 8)
-        for name, array in arrays.items():
-            out.add(name, array)
-        add_words(out, words)
-        out.close()
+        _put_coded(file, words, coded)
 
 
-def add_words(out: safetensors.Writer, words: list[str]) -> None:
+def coded_bytes(words: Sequence[str], coded: Coded) -> int:
+    """Bytes of the file that `write_coded` makes, without making it."""
+    counter = _Counter()
+    _put_coded(counter, words, coded)
+    return counter.size
+
+
+class Coded(Protocol):
+    """What a compressed table gives to be stored."""
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Arrays by name."""
+        ...
+
+    def metadata(self) -> dict[str, str]:
+        """How to read them."""
+        ...
+
+
+class _Counter(io.RawIOBase):
+    """A file that only counts."""
+
+    def __init__(self) -> None:
+        self.size = self._at = 0
+
+    def write(self, data: Any) -> int:
+        n = memoryview(data).nbytes
+        self._at += n
+        self.size = max(self.size, self._at)
+        return n
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        del whence
+        self._at = offset
+        return offset
+
+
+def _put_coded(file: Any, words: Sequence[str], coded: Coded) -> None:
+    arrays, metadata = coded.arrays(), {"format": FORMAT, **coded.metadata()}
+    room = len(json.dumps(metadata)) + ENTRY_BYTES * 2 * (len(arrays) + 6)
+    room += -(8 + room) % safetensors.ALIGN
+    out = safetensors.Writer(file, metadata, header_bytes=room)
+    for name, array in arrays.items():
+        out.add(name, array)
+    add_words(out, words)
+    out.close()
+
+
+def add_words(out: safetensors.Writer, words: Sequence[str]) -> None:
     """The words and their index."""
     packed = vocabulary.pack(words)
     out.add("words.offsets", packed.offsets)
-    out.add("words.hashes", packed.hashes)
-    out.add("words.rows", packed.rows)
+    out.add("words.order", packed.order)
     out.add("words.text", packed.text)
 
 

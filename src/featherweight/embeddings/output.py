@@ -1,0 +1,63 @@
+"""Where a compressed table goes: our own mapped form, or a sentence encoder in ONNX; and its vectors for others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from featherweight.embeddings import write
+from featherweight.embeddings.compressed import Compressed
+from featherweight.embeddings.compressing import SizeOf
+from featherweight.embeddings.encoder import encoder
+from featherweight.embeddings.table import F32, Block
+from featherweight.errors import OutputError
+from featherweight.graph import io
+
+ENDINGS = (".safetensors", ".onnx")
+
+
+def check_ending(path: Path) -> None:
+    """Raises OutputError unless a compressed table can be saved under this name."""
+    if path.suffix not in ENDINGS:
+        raise OutputError(
+            f"a compressed table is saved as .safetensors or .onnx, but got {path.name!r}; --plain FILE writes its "
+            f"vectors as {', '.join(write.WRITERS)}"
+        )
+
+
+def sizer(path: Path, dim: int) -> SizeOf:
+    """Bytes of the file that `save` makes, and of its float32 counterpart (None), by the ending of `path`."""
+    if path.suffix == ".onnx":
+        frame = len(io.to_bytes(encoder(np.zeros((1, dim), np.float32)))) - 4 * dim
+
+        def onnx_bytes(words: list[str], table: Compressed | None) -> int:
+            return frame + 4 * dim * len(words) if table is None else len(io.to_bytes(encoder(table)))
+
+        return onnx_bytes
+
+    def own_bytes(words: list[str], table: Compressed | None) -> int:
+        empty = Compressed((), None, None, None, None, None, dim)
+        return (
+            write.coded_bytes(words, empty) + 4 * dim * len(words) if table is None else write.coded_bytes(words, table)
+        )
+
+    return own_bytes
+
+
+def save(path: Path, table: Compressed, words: Sequence[str], *, normalise: bool = False) -> None:
+    """Write a table by the ending of `path`. Raises OutputError."""
+    check_ending(path)
+    if path.suffix == ".onnx":
+        io.save(encoder(table, normalise=normalise), path)
+    else:
+        write.write_coded(path, words, table)
+
+
+def decoded_blocks(table: Compressed, words: Sequence[str], rows: int = 8192) -> Iterator[Block]:
+    """The vectors a table stands for, some rows at a time, for `write_vectors`."""
+    for start in range(0, len(words), rows):
+        at = np.arange(start, min(start + rows, len(words)))
+        vectors: F32 = table.rows(at)
+        yield Block(list(words[start : start + rows]), vectors, [int(i) + 1 for i in at])
