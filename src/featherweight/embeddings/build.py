@@ -116,7 +116,7 @@ def build(
     parts = tuple(c.part(codes) for c, codes in zip(fitted, stored, strict=True))
     return Compressed(
         columns=parts,
-        gain=_gain(found, chosen, kept_rows),
+        gain=_gain(found, chosen, kept_rows, needed=not fitted),
         basis=_basis(space, fitted),
         mean=_mean(found, space, fitted),
         place=_place(space, fitted),
@@ -146,13 +146,15 @@ def _mean(found: Survey, space: Space, fitted: Sequence[Coder]) -> F32 | None:
     return space.mean if fitted else found.mean
 
 
-def _gain(found: Survey, chosen: Mapping[str, Decision], kept_rows: npt.NDArray[np.int64] | None) -> Part | None:
-    """Lengths of the stored rows; where all are equal and not 1, that one length."""
+def _gain(
+    found: Survey, chosen: Mapping[str, Decision], kept_rows: npt.NDArray[np.int64] | None, *, needed: bool
+) -> Part | None:
+    """Lengths of the stored rows; where all are equal and not 1 (or nothing else is stored), that one length."""
     norms = found.norms if kept_rows is None else found.norms[kept_rows]
     decision = chosen.get(GAIN)
     if decision is None:
         book, bits = np.array([float(found.norms.mean())], np.float32), 1
-        if abs(book[0] - 1) < 1e-4:
+        if abs(book[0] - 1) < 1e-4 and not needed:
             return None
     else:
         bits = int(decision.actions[0].get("bits"))

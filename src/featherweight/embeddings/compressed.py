@@ -112,10 +112,10 @@ class Compressed:
         if self.row_of is not None:
             at = np.asarray(self.row_of[at], np.int64)
         parts = [part.rows(at) for part in self.columns]
-        made = np.concatenate(parts, axis=1) if parts else np.zeros((len(at), 0), np.float32)
-        if self.basis is not None:
+        made = np.concatenate(parts, axis=1) if parts else np.zeros((len(at), self.dim), np.float32)
+        if parts and self.basis is not None:
             made = made @ self.basis.rows(np.arange(self.basis.layout.shape[0]))
-        elif self.place is not None:
+        elif parts and self.place is not None:
             made = np.concatenate([made, np.zeros((len(at), 1), np.float32)], axis=1)[:, self.place]
         if self.mean is not None:
             made = made + self.mean
