@@ -13,7 +13,13 @@ from featherweight.report.terminal import Column, Grid, heading, indented
 from featherweight.report.text import fact_parts, note_parts, outcome_parts
 
 PLOT_WIDTH, PLOT_HEIGHT = 56, 14
-MARKS = {"attempt": ("·", "dim"), "front": ("o", "bold cyan"), "original": ("#", "bold"), "result": ("*", "bold green")}
+MARKS = {
+    "attempt": ("·", "dim"),
+    "front": ("o", "bold cyan"),
+    "front, structure changed": ("s", "bold magenta"),
+    "original": ("#", "bold"),
+    "result": ("*", "bold green"),
+}
 
 
 def front_parts(report: Report) -> list[RenderableType]:
@@ -31,7 +37,7 @@ def front_table(report: Report) -> Grid:
     """One row a point, smallest first."""
     names = ("#", "size", "of original", "drop", "95%", "latency", "faster")
     columns = [Column(name, "right", optional=2 if name == "95%" else 0) for name in names]
-    made = Grid([*columns, Column("plan", cut="end", optional=1)])
+    made = Grid([*columns, Column("techniques", cut="end", optional=1)])
     for a in sorted(report.front, key=lambda a: a.measured.size_bytes if a.measured else 0):
         m = a.measured
         if m is None:
@@ -41,7 +47,7 @@ def front_table(report: Report) -> Grid:
         interval = wording.interval_words(m).partition(": ")[2]
         drop = format_drop(m.drop, m.metric_name)
         cells = (str(a.index), format_bytes(m.size_bytes), of_original, drop, interval, format_ms(m.latency_ms), faster)
-        made.add(*cells, wording.plan_words(a.plan))
+        made.add(*cells, wording.technique_words(a.plan))
     return made
 
 
@@ -62,8 +68,8 @@ def plot_parts(report: Report) -> list[RenderableType]:
     lines.append(Text(f"{' ' * wide} +{'-' * PLOT_WIDTH}", style="dim"))
     lines.append(Text(f"{' ' * wide}  0{right:>{PLOT_WIDTH - 1}}", style="dim"))
     legend = Text.assemble(" " * (wide + 2))
-    for kind in ("original", "front", "result", "attempt"):
-        if any(p.kind == kind for p in dots):
+    for kind in ("original", "front", "front, structure changed", "result", "attempt"):
+        if any(_mark(p) == kind for p in dots):
             mark, style = MARKS[kind]
             legend.append_text(Text.assemble((mark, style), f" {kind}   "))
     return [heading("Size against drop", "left and down is better"), *(indented(line) for line in [*lines, legend])]
@@ -73,6 +79,11 @@ def _grid(x: Axis, y: Axis, dots: list[Point]) -> list[Text]:
     """The plot's rows; later kinds of MARKS cover earlier ones."""
     cells = [[(" ", "")] * PLOT_WIDTH for _ in range(PLOT_HEIGHT)]
     order = list(MARKS)
-    for p in sorted(dots, key=lambda p: order.index(p.kind)):
-        cells[round(y.at(p.y))][round(x.at(p.x))] = MARKS[p.kind]
+    for p in sorted(dots, key=lambda p: order.index(_mark(p))):
+        cells[round(y.at(p.y))][round(x.at(p.x))] = MARKS[_mark(p)]
     return [Text.assemble(*row) for row in cells]
+
+
+def _mark(p: Point) -> str:
+    """Which of MARKS a point has."""
+    return "front, structure changed" if p.kind == "front" and p.square else p.kind

@@ -26,8 +26,9 @@ def render(report: Report, *, title: str = "") -> str:
             _head(report),
             _section("Measured on the saved files", _measured(report)),
             _section("Size against drop", _trade_off(report)),
-            _section("Front", _attempts(report, report.front)),
+            _section("Front", _attempts(report, report.front, techniques=True)),
             _section("Bytes per layer", _layers(layers)),
+            _section("Channels removed", _groups(layer_rows.read_groups(report.layers))),
             _section("Left alone, and notes", _notes(report)),
             _section("Attempts", _attempts(report, report.attempts)),
             _section("How", _facts(report)),
@@ -101,6 +102,9 @@ def _trade_off(report: Report) -> str:
         f'<span><svg width="12" height="12"><circle cx="6" cy="6" r="5" class="{css}"/></svg> {words}</span>'
         for css, words in names.items()
     )
+    if any(p.square for p in svg.points(report)):
+        square = '<rect x="1" y="1" width="10" height="10" class="front"/>'
+        legend += f'<span><svg width="12" height="12">{square}</svg> square: structure changed too</span>'
     return f'{plot}<p class="legend">{legend}</p>'
 
 
@@ -126,6 +130,11 @@ def _layers(layers: Sequence[layer_rows.Layer]) -> str:
     return f"<p>{sums}</p>{decisions}{legend}{svg.layer_bars(bars)}{rest}"
 
 
+def _groups(groups: Sequence[layer_rows.Group]) -> str:
+    rows = [(g.name, str(g.channels), str(g.after)) for g in groups]
+    return _table(("group", "channels before", "after"), rows, numeric={1, 2}) if rows else ""
+
+
 def _notes(report: Report) -> str:
     items = "".join(
         f"<li>{html.escape(g.text)} <span class='dim'>{html.escape(wording.places_words(g.places, most=6))}</span></li>"
@@ -134,7 +143,8 @@ def _notes(report: Report) -> str:
     return f"<ul>{items}</ul>" if items else ""
 
 
-def _attempts(report: Report, attempts: Sequence[Attempt]) -> str:
+def _attempts(report: Report, attempts: Sequence[Attempt], *, techniques: bool = False) -> str:
+    """A row an attempt, with its plan, or only the techniques that make it up."""
     if not attempts:
         return ""
     rows = []
@@ -142,10 +152,10 @@ def _attempts(report: Report, attempts: Sequence[Attempt]) -> str:
         m, words = a.measured, wording.attempt_words(a, report.budget)[0]
         numbers = ("-", "-", "-") if m is None else _attempt_numbers(m)
         took = format_duration(a.seconds)
-        rows.append(
-            (str(a.index), *numbers, took, f"{words}: {a.error}" if a.error else words, wording.plan_words(a.plan))
-        )
-    return _table(("#", "size", "drop", "latency", "took", "", "plan"), rows, numeric={0, 1, 2, 3, 4})
+        made_of = wording.technique_words(a.plan) if techniques else wording.plan_words(a.plan)
+        rows.append((str(a.index), *numbers, took, f"{words}: {a.error}" if a.error else words, made_of))
+    last = "techniques" if techniques else "plan"
+    return _table(("#", "size", "drop", "latency", "took", "", last), rows, numeric={0, 1, 2, 3, 4})
 
 
 def _attempt_numbers(m: Measurement) -> tuple[str, str, str]:

@@ -26,6 +26,7 @@ class Layer:
     float_cost_ms: float | None
     why: str
     count: int = 1
+    macs_after: int | None = None
 
 
 def read_layers(raw: Sequence[Mapping[str, Any]]) -> list[Layer]:
@@ -42,8 +43,28 @@ def read_layers(raw: Sequence[Mapping[str, Any]]) -> list[Layer]:
             None if item.get("int8") is None else bool(item["int8"]),
             None if item.get("float_cost_ms") is None else float(item["float_cost_ms"]),
             str(item.get("why") or ""),
+            macs_after=None if item.get("macs_after") is None else int(item["macs_after"]),
         )
         for item in raw
+        if item.get("kind") != "channels"
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A group of channels that go together, and how many of them stay."""
+
+    name: str
+    channels: int
+    after: int
+
+
+def read_groups(raw: Sequence[Mapping[str, Any]]) -> list[Group]:
+    """The groups of Report.layers that were narrowed."""
+    return [
+        Group(str(item.get("layer", "")), int(item.get("channels") or 0), int(item.get("channels_after") or 0))
+        for item in raw
+        if item.get("kind") == "channels"
     ]
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from featherweight.core import Attempt, Budget, Measurement, Report
 from featherweight.quantities import PERCENT_METRICS, format_bytes, format_drop, format_percent
 from featherweight.report.layers import Layer, runs_as
-from featherweight.report.wording import plan_words
+from featherweight.report.wording import technique_words
 
 WIDTH, HEIGHT = 760, 400
 LEFT, RIGHT, TOP, BOTTOM = 76, 24, 22, 54
@@ -22,12 +22,13 @@ ROW = 19
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One dot: `x` in bytes, `y` in the metric's unit; `kind` is its CSS class."""
+    """One dot: `x` in bytes, `y` in the metric's unit; `kind` is its CSS class, `square` where structure changed."""
 
     x: float
     y: float
     kind: str
     label: str
+    square: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +63,19 @@ def points(report: Report) -> list[Point]:
         m = attempt.measured
         if m is not None and m.drop is not None:
             kind = "front" if attempt.index in front else "attempt"
-            made.append(Point(m.size_bytes, m.drop, kind, f"#{attempt.index}: {_label(m)}; {plan_words(attempt.plan)}"))
+            words = technique_words(attempt.plan)
+            made.append(
+                Point(m.size_bytes, m.drop, kind, f"#{attempt.index}: {_label(m)}; {words}", _changed(report, attempt))
+            )
     if report.result.drop is not None:
         made.append(Point(report.result.size_bytes, report.result.drop, "result", f"result: {_label(report.result)}"))
     return made
+
+
+def _changed(report: Report, attempt: Attempt) -> bool:
+    """True if the plan changes the structure: removes channels or takes layers apart."""
+    names = set(report.facts.get("structure_techniques", ()))
+    return any(a.technique in names for d in attempt.plan.changed() for a in d.actions)
 
 
 def _label(m: Measurement) -> str:
@@ -161,6 +171,9 @@ def _dot(x: Axis, y: Axis, p: Point) -> str:
     radius = 7 if p.kind in ("result", "original") else 5
     tip = f"<title>{html.escape(p.label)}</title>"
     dot = f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="{radius}" class="{p.kind}">{tip}</circle>'
+    if p.square:
+        box = f'x="{cx - radius:.1f}" y="{cy - radius:.1f}" width="{2 * radius}" height="{2 * radius}"'
+        dot = f'<rect {box} class="{p.kind}">{tip}</rect>'
     if p.kind not in ("result", "original"):
         return dot
     right = cx > WIDTH - 110

@@ -23,6 +23,7 @@ from featherweight.report.terminal import Column, Grid, bullets, heading, indent
 
 MOST_ATTEMPTS = 8
 MOST_REASONS = 8
+MOST_GROUPS = 12
 NAMES = ("original", "result")
 ANSWER_STYLES = {"yes": "bold green", "no, proved": "bold red", "not found": "bold yellow"}
 
@@ -38,6 +39,7 @@ def report_parts(report: Report, *, all_layers: bool = False) -> list[Renderable
         *outcome_parts(report),
         *measured_parts(report.baseline, report.result, report.budget, samples=wording.samples_word(report)),
         *layer_parts(report, everything=all_layers),
+        *group_parts(report, everything=all_layers),
         *note_parts(report.notes, everything=all_layers),
         *attempt_parts(report.attempts, report.budget, everything=all_layers),
         *fact_parts(report),
@@ -106,6 +108,19 @@ def layer_parts(report: Report, *, everything: bool) -> list[RenderableType]:
     reasons = wording.note_groups(Note(layer.name, layer.why) for layer in shown if layer.why and layer.count == 1)
     words = [Text(f"{wording.places_words(g.places)}: {g.text}", style="dim") for g in reasons[:MOST_REASONS]]
     return [*parts, indented(layer_table(shown, total)), *([bullets(words)] if words else [])]
+
+
+def group_parts(report: Report, *, everything: bool) -> list[RenderableType]:
+    """Channels that were removed, by group; nothing if none were."""
+    groups = layer_rows.read_groups(report.layers)
+    if not groups:
+        return []
+    shown = groups if everything else groups[:MOST_GROUPS]
+    rest = "" if len(shown) == len(groups) else f", the first {len(shown)}; --all-layers for all"
+    made = Grid([Column("channels of", cut="middle", least=28), Column("before", "right"), Column("after", "right")])
+    for group in shown:
+        made.add(group.name.removeprefix("channels of "), str(group.channels), str(group.after))
+    return [heading("Channels removed", f"in {len(groups)} groups that go together{rest}"), indented(made)]
 
 
 def decision_table(groups: Sequence[layer_rows.Layer]) -> Grid:

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from featherweight.core import Attempt, Budget, Measurement, Note, Plan, Report
+from featherweight.core import Action, Attempt, Budget, Measurement, Note, Plan, Report
 from featherweight.quantities import (
     format_bytes,
+    format_count,
     format_drop,
     format_duration,
     format_metric,
@@ -96,6 +97,19 @@ def comparison_rows(original: Measurement, result: Measurement, budget: Budget |
                 change_words(original.peak_bytes, result.peak_bytes, "less", "more"),
                 _at_most(format_bytes, b.max_peak_bytes),
                 _within(result.peak_bytes, b.max_peak_bytes),
+            )
+        )
+    if b.max_macs is not None or (
+        result.macs is not None and original.macs is not None and result.macs != original.macs
+    ):
+        rows.append(
+            Row(
+                "MACs",
+                "-" if original.macs is None else format_count(original.macs),
+                "-" if result.macs is None else format_count(result.macs),
+                change_words(original.macs, result.macs, "fewer", "more"),
+                _at_most(format_count, b.max_macs),
+                _within(result.macs, b.max_macs),
             )
         )
     if result.load_ms is not None:
@@ -225,6 +239,8 @@ def budget_words(budget: Budget, metric_name: str = "") -> str:
         limits.append(f"latency at most {_latency_limit(budget)}")
     if budget.max_peak_bytes is not None:
         limits.append(f"peak memory at most {format_bytes(budget.max_peak_bytes)}")
+    if budget.max_macs is not None:
+        limits.append(f"MACs at most {format_count(budget.max_macs)}")
     if budget.max_drop is not None:
         limits.append(f"drop at most {format_drop(budget.max_drop, metric_name)}")
     return f"{', '.join(limits) or 'no limits'}; {_OBJECTIVES[budget.minimize]} wanted"
@@ -259,14 +275,28 @@ def _parameter_words(key: str, value: str) -> str:
     return key.replace("_", " ") if value == "True" else f"{key.replace('_', ' ')} {value}"
 
 
+# Parameters that say how much of a structure stays: they differ from place to place, and a summary leaves them out.
+_EXTENTS = frozenset({"keep", "rank", "rank_in", "rank_out", "ratio", "sparsity"})
+
+
 def plan_words(plan: Plan) -> str:
-    """'44 static_int8 8 bit, 3 palette 3 bit' by falling count; 'nothing changed' of an empty plan."""
+    """'44 static_int8 8 bit, 12 channel_prune' by falling count; 'nothing changed' of an empty plan."""
     counts: dict[str, int] = {}
     for decision in plan.changed():
-        words = decision_words(str(decision))
+        bare = [Action(a.technique, tuple(p for p in a.params if p[0] not in _EXTENTS)) for a in decision.actions]
+        words = decision_words(" -> ".join(map(str, bare)))
         counts[words] = counts.get(words, 0) + 1
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{n} {words}" for words, n in ordered) or "nothing changed"
+
+
+def technique_words(plan: Plan) -> str:
+    """Which techniques make a plan up, and at how many places: 'channel_prune x12, static_int8 x40, low_rank x3'."""
+    counts: dict[str, int] = {}
+    for decision in plan.changed():
+        for action in decision.actions:
+            counts[action.technique] = counts.get(action.technique, 0) + 1
+    return ", ".join(f"{name} x{n}" for name, n in counts.items()) or "nothing changed"
 
 
 def note_groups(notes: Iterable[Note]) -> list[NoteGroup]:

@@ -59,6 +59,8 @@ def build_numeric(model: ir.Model, plan: Plan, ctx: Context, techniques: Mapping
     result = surgery.copy_model(model)
     result.metadata_props.pop(LEFT, None)
     _check_techniques(plan, techniques)
+    if structure_part(plan, techniques):
+        raise PlanError("the plan changes the structure; its numeric part goes on the model after that stage")
     numeric = {name: t for name, t in techniques.items() if t.stage != "structure"}
     sites = all_sites(result, numeric.values())
     _check_sites(plan, sites)

@@ -155,10 +155,11 @@ def _report(
     problem.facts["model"] = problem.original.name
     problem.facts["asked"] = {"goal": problem.request.goal, "max_drop": problem.request.max_drop is not None}
     problem.facts["target"] = problem.profile.name
+    problem.facts["structure_techniques"] = sorted(problem.of_stage(structure=True))
     facts = {k: v for k, v in problem.facts.items() if k not in ("macs", "input_shapes")}
     report = Report(
         problem.budget, answer, outcome, reason, plan, original, result, attempts, loop.pareto(list(attempts)),
-        tuple(dict.fromkeys(notes)), layers.rows(problem, plan, found.ground if found else None), facts,
+        tuple(dict.fromkeys(notes)), layers.rows(problem, plan, found), facts,
     )  # fmt: skip
     emptied(problem.work, keep=STAGES_FOLDER if found is not None and found.interrupted else "")
     return report

@@ -77,7 +77,7 @@ def build_and_save(problem: Problem, ctx: Context, plan: Plan, path: Path) -> No
 def stage_of(problem: Problem, plan: Plan) -> Staged | None:
     """The structure that a plan stands on, made before; None for a plan without structure."""
     structure = structure_part(plan, problem.techniques)
-    return problem.stages[stage_key(problem.model_sha256, structure, problem.request.seed)] if structure else None
+    return problem.stages.get(stage_key(problem.model_sha256, structure, problem.request.seed)) if structure else None
 
 
 def _measure_candidate(problem: Problem, known: Baseline, path: Path) -> Measurement:

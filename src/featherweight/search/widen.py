@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -59,6 +59,7 @@ class Wider:
         self.base = base(problem, known)
         self.scale = 1.0
         self.tried: set[str] = set()
+        self.keep_all = False
 
     @property
     def possible(self) -> bool:
@@ -92,6 +93,7 @@ class Wider:
         """Structures at the sizes where numbers alone begin to lose; `seen` are (bytes, drop)."""
         if not self.possible or self.found.interrupted or self.structure.empty:
             return
+        self.keep_all = True
         worse = sorted((size for size, drop in seen if drop > 0), reverse=True)
         try:
             for size in worse[: min(MOST_FOR_A_FRONT, max(len(seen) // 3, 1))]:
@@ -119,19 +121,7 @@ class Wider:
     @cached_property
     def joint(self) -> joint.Joint:
         """Options of all weights and groups."""
-        structure, by_name = self.structure, {w.name: w for w in weights(self.problem.model)}
-        sites = {**structure.sites, **self.found.ground.sites}
-        facts = site_facts(self.problem, sites, by_name, self.gains)
-        options = {
-            name: weight_options(
-                sites[name], facts[name], self.table.get(name, ()), structure.factors.get(name, ()), by_name.get(name)
-            )
-            for name in dict.fromkeys([*self.table, *structure.factors])
-        }
-        for name in structure.groups:
-            held = sum(sites[t].size_bytes for t in sites[name].tensors if t in options)
-            facts[name] = SiteFacts(0.0, max(sites[name].size_bytes - held, 0))
-        return joint.Joint(sites, facts, options, structure.groups)
+        return decision_space(self.problem, self.found.ground, self.table, self.structure, self.gains)
 
     def _search(self, budget: Budget, *, enough: bool) -> None:
         if self.structure.empty:
@@ -225,11 +215,12 @@ class Wider:
         inner = min(max(cap - trial.noise, 0.15 * cap), 25.0)
         take(found, searched(state, found, cap=inner, enough=enough))
         found.correction, found.met_cap = correction, met_cap  # those are of the model with its structure whole
-        if found.best is not before:
+        found.stop_reason = found.stop_reason if found.best is not before else reason or found.stop_reason
+        wanted = found.best or loop.nearest(self.problem.budget, found.attempts)
+        if self.keep_all or wanted in state.attempts:
             found.grounds[made.key] = trial.ground
         else:
-            found.stop_reason = reason or found.stop_reason
-            self.problem.stages.pop(made.key, None)
+            self.problem.stages.pop(made.key, None)  # its statistics are large, and it is on disk
         return any(a.measured is not None and loop.within(budget, a.measured) for a in state.attempts)
 
     def _exhausted(self) -> bool:
@@ -248,6 +239,29 @@ class Wider:
         except TechniqueError:
             return None
         return bounds.floor_of(model, problem.shapes(), narrow)
+
+
+def decision_space(
+    problem: Problem,
+    ground: Ground,
+    table: Mapping[str, Sequence[Choice]],
+    structure: Structure,
+    gains: Mapping[str, float],
+) -> joint.Joint:
+    """All decisions of the program: at each weight keep, numbers, factors and chains of both; at each group a width."""
+    by_name = {w.name: w for w in weights(problem.model)}
+    sites = {**structure.sites, **ground.sites}
+    facts = site_facts(problem, sites, by_name, gains)
+    options = {
+        name: weight_options(
+            sites[name], facts[name], table.get(name, ()), structure.factors.get(name, ()), by_name.get(name)
+        )
+        for name in dict.fromkeys([*table, *structure.factors])
+    }
+    for name in structure.groups:
+        held = sum(sites[t].size_bytes for t in sites[name].tensors if t in options)
+        facts[name] = SiteFacts(0.0, max(sites[name].size_bytes - held, 0))
+    return joint.Joint(sites, facts, options, structure.groups)
 
 
 def _shifted(attempt: Attempt, offset: Effect) -> Attempt:
