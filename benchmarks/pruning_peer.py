@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import torch
 import torch_pruning as tp
-from onnx import numpy_helper
 from torch import nn
 
 from benchmarks import feeds, torch_networks
@@ -135,23 +135,29 @@ def export(net: nn.Module, name: str, example: tuple[torch.Tensor, ...], out: Pa
         dynamo=False,
     )
     model = onnx.load(out)
-    fold_pads(model)
+    fold_pads(model, {name: x.numpy() for name, x in zip(names, example, strict=True)})
     onnx.save(model, out)
 
 
-def fold_pads(model: onnx.ModelProto) -> None:
-    """A Pad by constants in front of one Conv becomes that Conv's padding, as the runtime does not do by itself."""
-    constants = {w.name: numpy_helper.to_array(w) for w in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type == "Constant":
-            constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
-    for pad in [n for n in model.graph.node if n.op_type == "Pad" and n.input[1] in constants]:
+def fold_pads(model: onnx.ModelProto, feed: dict[str, np.ndarray]) -> None:
+    """A Pad in front of one Conv becomes that Conv's padding, as the runtime does not do by itself.
+
+    How much is padded is exported as a computation; it is run once.
+    """
+    pads = [n for n in model.graph.node if n.op_type == "Pad"]
+    if not pads:
+        return
+    names = [pad.input[1] for pad in pads]
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    session = ort.InferenceSession(probe.SerializeToString(), providers=["CPUExecutionProvider"])
+    for pad, amounts in zip(pads, session.run(names, feed), strict=True):
         readers = [n for n in model.graph.node if pad.output[0] in n.input]
         if len(readers) != 1 or readers[0].op_type != "Conv":
             continue
         own = next(a for a in readers[0].attribute if a.name == "pads")
-        added = constants[pad.input[1]].reshape(2, 4)[:, 2:].ravel()
-        own.ints[:] = [int(a + b) for a, b in zip(own.ints, added, strict=True)]
+        own.ints[:] = [int(a + b) for a, b in zip(own.ints, amounts.reshape(2, 4)[:, 2:].ravel(), strict=True)]
         readers[0].input[0] = pad.input[0]
         model.graph.node.remove(pad)
 
