@@ -65,7 +65,9 @@ def _refused(search: Search, seconds: float) -> Report:
         return _report(search, seconds, "not found", "not met", reason, Plan(()), search.baseline)
     least = search.least()
     reason = f"size: no plan reaches {limit} B; the words and the smallest codes take {least} B"
-    return _report(search, seconds, "no, proved", "impossible", reason, Plan((), bound_bytes=least), search.baseline)
+    return _report(
+        search, seconds, "no, proved", "proved impossible", reason, Plan((), bound_bytes=least), search.baseline
+    )
 
 
 def _report(

@@ -36,7 +36,7 @@ LADDER = (4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 96)  # times smaller than flo
 TABLE = "table"
 NEAR = 1.15  # candidates predicted within this of the best are built too
 MOST_BUILT = 2
-MEASURED_ROWS = 4096
+MEASURED_ROWS = 20_000  # among which neighbours are looked for
 REFINEMENTS = 2
 
 SizeOf = Callable[[list[str], Compressed | None], int]
@@ -83,24 +83,27 @@ class Search:
         self.cuts: list[cutting.Cut] = []
         if self.cut_words:
             self.cuts = cutting.cuts(self.source, self.found, seed=self.seed, progress=self.progress)
-        self.rows = quality.spread(self.found.rows, self.found.weights, MEASURED_ROWS, self.seed)
-        self.original = _chosen_rows(self.source, self.rows)
+        rng = np.random.default_rng(self.seed)
+        self.rows = np.sort(rng.choice(self.found.rows, min(self.found.rows, MEASURED_ROWS), replace=False))
+        self.asked = quality.spread(len(self.rows), self.found.weights[self.rows], quality.QUERIES, self.seed)
+        self.near = self._near(_chosen_rows(self.source, self.rows))
         self.float_bytes = self.size_of(self.found.words, None)
         self.fixed = self.float_bytes - 4 * self.found.rows * self.found.dim
         self.baseline = self._measured(self.float_bytes, lambda rows: _chosen_rows(self.source, rows), None)
         self.built: dict[int, Compressed] = {}
 
     def _measured(self, size: int, rows: Rows, before: Measurement | None) -> Measurement:
-        """Size and metric: of the task if there is one, else the mean cosine of words drawn by weight."""
+        """Size and metric: of the task if there is one, else how many neighbours words drawn by weight keep."""
         if self.task is not None:
             name, score = self.task.metric, self.task.score(rows)
         else:
-            name, score = "cosine", quality.Score("cosine", self._cosine(rows), len(self.rows))
+            name = f"neighbours@{quality.NEIGHBOURS}"
+            score = quality.Score(name, quality.shared(self.near, self._near(rows(self.rows))), len(self.asked))
         start = score.value if before is None or before.metric is None else before.metric
         return Measurement(size, name, score.value, start - score.value, n_samples=score.n, seed=self.seed)
 
-    def _cosine(self, rows: Rows) -> float:
-        return float(quality.cosines(self.original, rows(self.rows)).mean())
+    def _near(self, vectors: F32) -> npt.NDArray[np.int64]:
+        return quality.nearest(quality.unit(vectors), self.asked, min(quality.NEIGHBOURS, len(self.rows) - 1))
 
     def candidates(self, size: int) -> list[Candidate]:
         """What the solver makes of each space and cut at a file size, best predicted first."""

@@ -11,7 +11,9 @@ from featherweight.embeddings import write
 from featherweight.embeddings.compressed import Compressed
 from featherweight.embeddings.compressing import SizeOf
 from featherweight.embeddings.encoder import encoder
-from featherweight.embeddings.table import F32, Block
+from featherweight.embeddings.table import F32, Block, from_arrays
+from featherweight.embeddings.train import Trained
+from featherweight.embeddings.whole import whole_file
 from featherweight.errors import OutputError
 from featherweight.graph import io
 
@@ -61,3 +63,27 @@ def decoded_blocks(table: Compressed, words: Sequence[str], rows: int = 8192) ->
         at = np.arange(start, min(start + rows, len(words)))
         vectors: F32 = table.rows(at)
         yield Block(list(words[start : start + rows]), vectors, [int(i) + 1 for i in at])
+
+
+def check_plain_ending(path: Path) -> None:
+    """Raises OutputError unless plain vectors can be saved under this name."""
+    if path.suffix != ".onnx" and path.suffix not in write.WRITERS:
+        raise OutputError(f"vectors are saved as {', '.join(write.WRITERS)} or .onnx, but got {path.name!r}")
+
+
+def save_trained(path: Path, found: Trained) -> Path:
+    """Write trained vectors by the ending of `path`, and their words' counts beside it, whose path is returned.
+
+    The rows of an .onnx are those of the counts file. Raises OutputError.
+    """
+    check_plain_ending(path)
+    if path.suffix == ".onnx":
+        io.save(encoder(found.vectors), path)
+    else:
+        table = from_arrays(str(path), found.words, found.vectors)
+        write.write_vectors(path, table.blocks(), table.dim)
+    counts = path.with_name(f"{path.stem}.counts.txt")
+    with whole_file(counts) as file:
+        for word, count in zip(found.words, found.counts.tolist(), strict=True):
+            file.write(f"{word}\t{count}\n".encode("utf-8", "surrogatepass"))
+    return counts

@@ -61,12 +61,20 @@ def overlap(one: Rows, other: Rows, n_rows: int, *, k: int = NEIGHBOURS, seed: i
     k = min(k, len(rows) - 1)
     if k < 1:
         return Score(f"neighbours@{NEIGHBOURS}", 1.0, 0)
-    near = [_nearest(unit(of(rows)), asked, k) for of in (one, other)]
-    shares = [len(set(a) & set(b)) / k for a, b in zip(near[0].tolist(), near[1].tolist(), strict=True)]
-    return Score(f"neighbours@{k}", float(np.mean(shares)), len(asked))
+    near = [nearest(unit(of(rows)), asked, k) for of in (one, other)]
+    return Score(f"neighbours@{k}", shared(*near), len(asked))
 
 
-def _nearest(vectors: F32, asked: npt.NDArray[np.int64], k: int) -> npt.NDArray[np.int64]:
+def shared(one: npt.NDArray[np.int64], other: npt.NDArray[np.int64]) -> float:
+    """Mean share of each row of `one` (n, k) that is in the same row of `other`; 1 for k = 0."""
+    pairs = zip(one.tolist(), other.tolist(), strict=True)
+    return float(np.mean([len(set(a) & set(b)) / len(a) for a, b in pairs])) if one.size else 1.0
+
+
+def nearest(vectors: F32, asked: npt.NDArray[np.int64], k: int) -> npt.NDArray[np.int64]:
+    """Rows (len(asked), k) of the k nearest by cosine to rows `asked` of unit vectors, themselves left out."""
+    if k < 1:
+        return np.zeros((len(asked), 0), np.int64)
     near = vectors[asked] @ vectors.T
     near[np.arange(len(asked)), asked] = -np.inf
     return np.asarray(np.argpartition(-near, k - 1, axis=1)[:, :k])

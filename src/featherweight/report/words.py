@@ -10,12 +10,8 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.text import Text
 
-from featherweight.core import Report
-from featherweight.quantities import format_bytes, format_drop, format_percent
-from featherweight.report.front import plot_parts
+from featherweight.quantities import format_percent
 from featherweight.report.terminal import INDENT, Column, Grid, heading, indented, lines
-from featherweight.report.text import attempt_parts, fact_parts, measured_parts, note_parts, outcome_parts
-from featherweight.report.wording import decision_words, places_words
 
 if TYPE_CHECKING:
     from featherweight.embeddings.windows import Lesson
@@ -196,46 +192,3 @@ def _chances(name: str, chances: Mapping[str, float], lesson: Lesson) -> Grid:
     for word, chance in chances.items():
         made.add(word, str(lesson.counts[word]), format_percent(chance))
     return made
-
-
-def compressed_parts(report: Report, *, frontier: bool = False) -> list[RenderableType]:
-    """A compressed table's report: outcome, numbers, what each run of columns became, attempts or the front."""
-    if frontier:
-        return [
-            *outcome_parts(report, asked=False),
-            *plot_parts(report),
-            *_front_parts(report),
-            *note_parts(report.notes),
-        ]
-    return [
-        *outcome_parts(report),
-        *measured_parts(report.baseline, report.result, report.budget, samples="word"),
-        *_plan_parts(report),
-        *note_parts(report.notes),
-        *attempt_parts(report.attempts, report.budget),
-        *fact_parts(report),
-    ]
-
-
-def _plan_parts(report: Report) -> list[RenderableType]:
-    """Runs of columns by what was done to them."""
-    if not report.plan.decisions:
-        return []
-    groups: dict[str, list[str]] = {}
-    for decision in report.plan.decisions:
-        groups.setdefault(decision_words(str(decision)), []).append(decision.site)
-    made = Grid([Column("what", cut="end"), Column("where", cut="middle", least=20)])
-    for words, sites in groups.items():
-        made.add(words, places_words(sites, most=3))
-    return [heading("Decided"), indented(made)]
-
-
-def _front_parts(report: Report) -> list[RenderableType]:
-    made = Grid([Column(n, "right") for n in ("size", "times smaller", report.result.metric_name, "drop")])
-    for a in report.front:
-        if a.measured is not None:
-            m = a.measured
-            times = f"{report.baseline.size_bytes / m.size_bytes:.1f}x"
-            made.add(format_bytes(m.size_bytes), times, f"{m.metric or 0:.4f}", format_drop(m.drop, m.metric_name))
-    base = f"the float32 table has {format_bytes(report.baseline.size_bytes)}"
-    return [heading("Front", base), indented(made)]

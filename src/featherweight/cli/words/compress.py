@@ -60,7 +60,7 @@ def command(vectors: Path, *, out: Path, plain: Path | None, normalise: bool, **
     shown_report = report_output(report)
 
     def parts() -> list[Any]:
-        from featherweight.report.words import compressed_parts
+        from featherweight.report.word_tables import compressed_parts
 
         return [*compressed_parts(report, frontier=bool(asked["frontier"])), _written(out, written)]
 
