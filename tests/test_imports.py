@@ -18,7 +18,7 @@ ROOT = Path(featherweight.__file__).parent
 BASE = {"core", "errors", "quantities"}
 GRAPH = BASE | {"graph"}
 MEASURED = GRAPH | {"runtime", "data", "stats"}
-SEARCHED = MEASURED | {"techniques", "search"}
+SEARCHED = MEASURED | {"recover", "techniques", "search"}
 ALLOWED = {
     "errors": set(),
     "core": {"errors"},
@@ -27,7 +27,8 @@ ALLOWED = {
     "graph": BASE,
     "data": BASE,
     "stats": MEASURED,
-    "techniques": MEASURED,
+    "recover": MEASURED,
+    "techniques": MEASURED | {"recover"},
     "search": SEARCHED,
     "report": BASE,
     "embeddings": SEARCHED,
