@@ -82,6 +82,8 @@ def test_bytes_are_known_from_shapes(case) -> None:
     made = drawn(*case)
     args = {"groups": groups, "stages": stages, "levels": levels, "half_scale": half}
     assert encode.sizes((rows, groups * width), "product", bits, **args) == made.nbytes
+    looked_up = encode.sizes((rows, groups * width), "lookup", bits, inner="product", **args)
+    assert looked_up == encode.lookup(made).nbytes
     payload = rows * stages * groups * bits / 8 + stages * groups * (levels or 1 << bits) * width * (2 if half else 4)
     assert payload <= made.nbytes + 1 <= payload * 1.35 + 900
 

@@ -140,18 +140,19 @@ def encoded_bytes(weight: Weight, bits: int, block: int, *, nbits: bool, half: b
 
 def looked_up(weight: Weight) -> bool:
     """True for vocabularies: tables so long that a call reads few rows, which are then decoded one by one."""
-    gathers = all(u.role == "gather" and not u.layout and _axis_of(u.node) == 0 for u in weight.uses)
+    gathers = all(u.role == "gather" and not u.layout and gather_axis(u.node) == 0 for u in weight.uses)
     return gathers and len(weight.shape) == 2 and weight.shape[0] >= VOCABULARY_ROWS
 
 
-def _axis_of(node: ir.Node) -> int:
+def gather_axis(node: ir.Node) -> int:
+    """The axis a Gather takes from."""
     axis = node.attributes.get("axis")
     return 0 if axis is None else int(axis.as_int())
 
 
 def attach(model: ir.Model, weight: Weight, coded: Encoded) -> tuple[ir.Value, int]:
     """Write `coded` in place of the weight: the decoded value and the bytes it takes."""
-    by_row = coded.kind == "palette" or (coded.kind == "linear" and not coded.layout.block)
-    if looked_up(weight) and by_row and coded.layout.groups == 1:
+    by_row = coded.kind in ("palette", "product") or (coded.kind == "linear" and not coded.layout.block)
+    if looked_up(weight) and by_row and (coded.layout.groups == 1 or coded.kind == "product"):
         coded = encode.lookup(coded)
     return encode.attach(model, weight.value, coded), coded.nbytes

@@ -191,13 +191,13 @@ def _shared_nbytes(layout: Layout) -> int:
 def sizes(
     shape: tuple[int, ...], kind: Kind, bits: int, *, axis: int | None = None, block: int = 0, groups: int = 1,
     levels: int | None = None, nnz: int = 0, half_scale: bool = False, scaled: bool = False, integer: bool = False,
-    stages: int = 1,
+    stages: int = 1, inner: Kind = "linear",
 ) -> int:  # fmt: skip
     """`Encoded.nbytes` of a tensor of this shape without building it; remembered, so the search may call it freely.
 
     `axis`, `block`, `half_scale` as in `linear`; `groups`, `levels` (2**bits), `integer` (int8 codebook) as in
     `palette`; `groups`, `levels`, `stages`, `half_scale` as in `product`; `nnz` set bits of a `bitmask`, `scaled` if
-    its values are codes. A `lookup` is of a `linear`.
+    its values are codes. A `lookup` is of a table of kind `inner`.
     """
     if kind == "bitmask":
         width = bits if scaled else 32
@@ -209,7 +209,19 @@ def sizes(
         levels = 1 << bits if levels is None else levels
         return _size(Layout(kind, shape, bits, groups=groups, levels=levels, stages=stages, half_scale=half_scale))
     if kind == "lookup":
-        return nbytes(rows.lookup_layout(Layout("linear", shape, bits, axis=axis, block=block, half_scale=half_scale)))
+        levels = 0 if inner == "linear" else 1 << bits if levels is None else levels
+        table = Layout(
+            inner,
+            shape,
+            bits,
+            axis=axis,
+            block=block,
+            groups=groups,
+            levels=levels,
+            stages=stages,
+            half_scale=half_scale,
+        )
+        return nbytes(rows.lookup_layout(table if inner == "linear" else cheapest(table)))
     if kind in ("linear", "dequantize"):
         return _size(Layout(kind, shape, bits, axis=axis, block=block, half_scale=half_scale))
     return _size(Layout(kind, shape, bits if kind == "int_tensor" else 16))
