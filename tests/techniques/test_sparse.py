@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,7 +59,7 @@ def noises(t: Trial, model: str) -> list[tuple[float, float]]:
 
 def case(seed: int, out: int, k: int, groups: int = 1) -> tuple[Array, Array]:
     rng = np.random.default_rng(seed)
-    x = rng.standard_normal((groups, 60, k)) @ (np.eye(k) + 0.4 * rng.standard_normal((k, k)))
+    x = rng.standard_normal((groups, 60, k)) @ (np.eye(k) + 0.25 * rng.standard_normal((k, k)))
     W = rng.standard_normal((groups, out, k)).astype(np.float32)
     return W, x.transpose(0, 2, 1) @ x / 60
 
@@ -187,28 +188,39 @@ def test_two_of_four_holds_in_the_file(model: str) -> None:
     assert ((matrix[..., :k].reshape(-1, 4) != 0).sum(axis=1) <= 2).all()
 
 
-def test_only_options_that_win_are_offered_unless_thorough() -> None:
-    """Heavy-tailed rows gain from zeros, normally distributed ones do not: that is noted."""
+def one_matrix(stored: Array) -> ir.Model:
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([4, len(stored)]))
+    kept = ir.tensor(stored.astype(np.float32), name="w")
+    w = ir.Value(name="w", type=ir.TensorType(ir.DataType.FLOAT), shape=kept.shape, const_value=kept)
+    node = ir.node("MatMul", [x, w], name="n")
+    y = node.outputs[0]
+    y.name, y.dtype, y.shape = "y", ir.DataType.FLOAT, ir.Shape([4, stored.shape[1]])
+    return ir.Model(ir.Graph([x], [y], nodes=[node], initializers=[w], opset_imports={"": 21}), ir_version=10)
+
+
+@pytest.mark.parametrize(("kind", "wins"), [("normal", False), ("heavy", True)])
+def test_only_options_that_win_are_offered_unless_thorough(kind: str, wins: bool) -> None:
+    """Heavy-tailed weights gain from zeros, normally distributed ones do not: that is noted."""
     rng = np.random.default_rng(0)
-    offered = {}
-    for kind in ("normal", "heavy"):
-        small, _, _ = prepared(graphs.NAMES[0])
-        model = surgery.copy_model(small.model)
-        technique = get("sparse")
-        site = max(technique.sites(model), key=lambda s: s.size_bytes)
-        value = next(w for w in weights(model) if w.name == site.name).value
-        shape = tuple(int(d) for d in value.shape.numpy())
-        drawn = rng.standard_normal(shape) if kind == "normal" else rng.standard_t(2, shape)
-        value.const_value = surgery.ir.tensor(drawn.astype(np.float32), name=value.name)
-        ctx = context(None)
-        ctx.thorough = False
-        offered[kind] = list(technique.options(model, site, ctx))
-        if kind == "normal":
-            assert any("no gain" in note.text for note in ctx.notes)
-        ctx.thorough = True
-        assert len(list(technique.options(model, site, ctx))) > len(offered[kind])
-    assert not offered["normal"]
-    assert offered["heavy"]
+    drawn = rng.standard_normal((256, 192)) if kind == "normal" else rng.standard_t(2.5, (256, 192))
+    model, technique, ctx = one_matrix(drawn), get("sparse"), context(None)
+    (site,) = technique.sites(model)
+    every = list(technique.options(model, site, ctx))
+    assert len(every) == 6 * 8
+    assert not ctx.notes
+    ctx.thorough = False
+    offered = list(technique.options(model, site, ctx))
+    assert bool(offered) == wins
+    assert set(offered) < set(every)
+    assert any("no gain" in note.text for note in ctx.notes) != wins
+    dense = [get("weight_nbit").estimate(model, site, Action.of("weight_nbit", bits=b), ctx) for b in (5, 4, 3, 2)]
+    for action in offered[::4]:
+        copy = surgery.copy_model(model)
+        (left,) = technique.apply(copy, site, action, ctx)
+        estimate = technique.estimate(model, site, action, ctx)
+        assert abs(left.size_bytes - estimate.size_bytes) < 0.03 * estimate.size_bytes
+        # Less noise than the next n-bit weights that are not larger.
+        assert all(estimate.noise < e.noise for e in dense if e.size_bytes <= left.size_bytes)
 
 
 def test_a_zero_is_no_speed() -> None:
