@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import importlib.util
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +24,7 @@ from featherweight.techniques import Context
 from featherweight.techniques._equalise import equalise
 
 PROBE_BATCHES = 12
+RECOVERS = importlib.util.find_spec("featherweight.recover") is not None
 # Rows of im2col wanted over all calibration data: about five times the longest reduced dimension of usual layers.
 ROWS_WANTED = 6144
 LEAST_POSITIONS, MOST_POSITIONS = 32, 256
@@ -135,16 +136,13 @@ class FromData:
 
     def recover(self, original: ir.Model, reduced: ir.Model) -> ir.Model:
         """Weights of `reduced` solved anew, layer by layer, against the original's outputs."""
-        try:
-            module = importlib.import_module("featherweight.recover")
-        except ModuleNotFoundError:
+        solve = getattr(importlib.import_module("featherweight.recover"), "recover", None) if RECOVERS else None
+        if solve is None:
             self._problem.note("structure", "weights were not solved anew after the structure changed")
             return reduced
         problem = self._problem
         problem.progress.start("solving weights anew")
-        found = module.recover(
-            original, reduced, problem.splits.calibration, worker=problem.worker, seed=problem.request.seed
-        )
+        found = solve(original, reduced, problem.splits.calibration, worker=problem.worker, seed=problem.request.seed)
         problem.worker.close()
         return reduced if found is None else found
 
