@@ -124,7 +124,9 @@ def test_macs_below_what_structure_reaches_are_refused_with_what_binds(model, da
 
 def test_macs_cannot_fall_by_numbers_alone(model, data, tmp_path):
     report = fw.decide(model, data, max_macs="50%", techniques=("static_int8",), out=tmp_path / "run")
-    assert report.answer != "yes"
+    assert report.answer == "no, proved"
+    assert "MACs: no plan reaches" in report.reason
+    assert "no technique in use removes work" in report.reason
 
 
 def test_a_float_model_of_less_structure_is_a_result(model, data, tmp_path):

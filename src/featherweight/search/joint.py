@@ -19,6 +19,7 @@ from featherweight.search.solve import DIMENSIONS, Choice, Dimension, solve
 
 ROUNDS = 4
 TIME_LIMIT_S = 10.0
+RELATIVE_GAP = 1e-3
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def propose(
     seen: set[tuple[Decision, ...]] = set()
     for _ in range(ROUNDS):
         table = _table(joint, picked, shrunk, scale)
-        found = solve(table, caps, weights, time_limit_s=TIME_LIMIT_S)
+        found = solve(table, caps, weights, time_limit_s=TIME_LIMIT_S, relative_gap=RELATIVE_GAP)
         if found is None:
             break
         by_site = {c.decision.site: c.decision for c in found.choices}

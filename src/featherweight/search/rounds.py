@@ -47,7 +47,14 @@ def fit(problem: Problem, known: Baseline, *, first_is_enough: bool) -> Found:
     bound = bounds.size_bound(problem.budget, ground.effects.table, ground.sites, start.size_bytes)
     out_of_reach = bound.proves_no or _over_macs(problem, known)
     if out_of_reach or not wider.possible:
-        proofs = [bound] if not wider.possible else wider.proofs()
+        work = bounds.Bound(
+            "MACs",
+            known.measurement.macs or 0,
+            problem.budget.max_macs,
+            "the layers as they are: no technique in use removes work",
+            "a call",
+        )
+        proofs = [bound, work] if not wider.possible else wider.proofs()
         found.bound_bytes = next((int(b.reachable) for b in proofs if b.what == "size"), None)
         found.refusal = bounds.refusal(proofs)
     if found.refusal is None:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from featherweight.core import Attempt, Budget, Decision, Effect, Plan
 from featherweight.errors import RunError, TechniqueError
@@ -38,6 +39,7 @@ MOST_FOR_A_FRONT = 3
 NOISE_BATCHES = 12
 SMALLEST_STEP = 1.3
 SCALES = (0.02, 50.0)
+Outcome = Literal["met", "missed", "rescaled", "nothing"]
 
 
 @dataclass
@@ -127,24 +129,35 @@ class Wider:
         if self.structure.empty:
             return
         low, high = 0.0, math.inf
-        cap = math.inf if budget.minimize == "drop" else self.found.met_cap or first_cap(budget)
+        cap = math.inf if budget.minimize == "drop" else self._first_cap(budget)
         for _ in range(MOST_STRUCTURES):
             if self._exhausted():
                 return
-            met = self._one(budget, cap, enough=enough, candidates=CANDIDATES_EACH)
-            if met is None or self.found.interrupted or (enough and self.found.best is not None):
+            outcome = self._one(budget, cap, enough=enough, candidates=CANDIDATES_EACH)
+            if outcome == "nothing" or self.found.interrupted or (enough and self.found.best is not None):
                 return
-            if not math.isfinite(cap):
+            if not math.isfinite(cap) or outcome == "rescaled":
                 continue
+            met = outcome == "met"
             low, high = (max(low, cap), high) if met else (low, min(high, cap))
             if high / max(low, 1e-12) < SMALLEST_STEP:
                 return
             cap = math.sqrt(low * high) if low and math.isfinite(high) else cap * 2 if met else cap / 2
 
-    def _one(self, budget: Budget, cap: float, *, enough: bool, candidates: int) -> bool | None:
-        """Build the best structure under the cap and search its numbers: did one stay within the limits?
+    def _first_cap(self, budget: Budget) -> float:
+        """The loss that the limit of the drop is likely to allow, by the best plan so far."""
+        known = max(self.found.met_cap, 0.0) or first_cap(budget)
+        best = self.found.best
+        if best is None or best.measured is None or best.measured.drop is None or budget.max_drop is None:
+            return known
+        room = loop.HEADROOM * budget.max_drop / max(best.measured.drop, 1e-9)
+        return max(known, best.plan.predicted.loss * min(max(room, 1.0), 4.0))
 
-        None if no structure is worth trying.
+    def _one(self, budget: Budget, cap: float, *, enough: bool, candidates: int) -> Outcome:
+        """Build the best structure under the cap and search its numbers.
+
+        met: a candidate stayed within the limits; missed: none did; rescaled: the structure alone lost more than was
+        predicted, which the next proposal takes into account; nothing: no structure is worth trying.
         """
         caps = loop.caps_of(budget, self.base, self.found.correction)
         caps["loss"] = cap
@@ -152,22 +165,23 @@ class Wider:
         chosen = joint.propose(
             self.joint, caps, loop.objective_weights(budget.minimize, self.base), scale=self.scale, start=start
         )
-        if chosen is None:
-            return False if math.isfinite(cap) and not self.tried else None
+        if chosen is None:  # too little loss allowed for the other limits: as if met, so that the cap rises
+            return "met" if math.isfinite(cap) else "nothing"
         decisions = stage.structure_part(Plan(chosen.decisions), self.problem.techniques)
-        if not decisions:
-            return None
         key = stage.stage_key(self.problem.model_sha256, decisions, self.problem.request.seed)
-        if key in self.tried:
-            return True if math.isfinite(cap) else None
+        if not decisions or key in self.tried:
+            return "met" if math.isfinite(cap) and decisions else "nothing"
         self.tried.add(key)
         trial = self._built(decisions)
         if trial is None:
-            return False
+            return "missed"
         self.scale = min(max(trial.noise / max(chosen.structural / self.scale, 1e-12), SCALES[0]), SCALES[1])
-        if trial.noise > cap or (budget.max_macs is not None and trial.base.macs > budget.max_macs):
-            return False
-        return self._numbers(trial, budget, cap, enough=enough, candidates=candidates)
+        if trial.noise > cap:
+            return "rescaled"
+        if budget.max_macs is not None and trial.base.macs > budget.max_macs:
+            return "missed"
+        met = self._numbers(trial, budget, cap, enough=enough, candidates=candidates)
+        return "met" if met else "missed"
 
     def _built(self, decisions: Sequence[Decision]) -> Trial | None:
         """The structure, or None after noting why it cannot be."""
