@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
+
+from featherweight.cli import group
 
 
 @pytest.fixture
@@ -17,3 +21,13 @@ def put(tmp_path: Path):
         return path
 
     return write
+
+
+@pytest.fixture
+def run() -> Callable[..., Result]:
+    """The command line, in this process."""
+
+    def invoke(*arguments: str) -> Result:
+        return CliRunner().invoke(group, list(arguments), prog_name="featherweight")
+
+    return invoke

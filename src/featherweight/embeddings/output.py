@@ -71,17 +71,22 @@ def check_plain_ending(path: Path) -> None:
         raise OutputError(f"vectors are saved as {', '.join(write.WRITERS)} or .onnx, but got {path.name!r}")
 
 
+def save_vectors(path: Path, words: Sequence[str], vectors: F32) -> None:
+    """Write plain vectors by the ending of `path`. Raises OutputError."""
+    check_plain_ending(path)
+    if path.suffix == ".onnx":
+        io.save(encoder(vectors), path)
+    else:
+        table = from_arrays(str(path), words, vectors)
+        write.write_vectors(path, table.blocks(), table.dim)
+
+
 def save_trained(path: Path, found: Trained) -> Path:
     """Write trained vectors by the ending of `path`, and their words' counts beside it, whose path is returned.
 
     The rows of an .onnx are those of the counts file. Raises OutputError.
     """
-    check_plain_ending(path)
-    if path.suffix == ".onnx":
-        io.save(encoder(found.vectors), path)
-    else:
-        table = from_arrays(str(path), found.words, found.vectors)
-        write.write_vectors(path, table.blocks(), table.dim)
+    save_vectors(path, found.words, found.vectors)
     counts = path.with_name(f"{path.stem}.counts.txt")
     with whole_file(counts) as file:
         for word, count in zip(found.words, found.counts.tolist(), strict=True):

@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from featherweight.core import Report
-from featherweight.quantities import format_bytes, format_count, format_drop
+from featherweight.quantities import format_bytes, format_count, format_drop, format_percent
 from featherweight.report.front import plot_parts
 from featherweight.report.terminal import Column, Grid, heading, indented
 from featherweight.report.text import attempt_parts, fact_parts, measured_parts, note_parts, outcome_parts, pairs
@@ -19,6 +19,7 @@ from featherweight.report.wording import decision_words, places_words
 
 if TYPE_CHECKING:
     from featherweight.embeddings.comparing import Compared
+    from featherweight.embeddings.distil import Distilled
     from featherweight.embeddings.train import Trained
 
 
@@ -98,3 +99,14 @@ def comparison_parts(rows: Sequence[Compared], one: str, other: str | None) -> l
 
 def _number(value: float | None, sign: str = "") -> str:
     return "-" if value is None or math.isnan(value) else f"{value:{sign}.4f}"
+
+
+def distilled_parts(found: Distilled, out: Path) -> list[RenderableType]:
+    """Size of the table and what its axes hold."""
+    rows, columns = found.vectors.shape
+    facts = {
+        "table": f"{rows} tokens of {columns} numbers, {format_bytes(found.vectors.nbytes)}",
+        "variance": f"{format_percent(found.kept)} kept",
+        "zero rows": str(int((~found.vectors.any(axis=1)).sum())),
+    }
+    return [Text("DISTILLED", style="bold green"), pairs(facts), Text.assemble("\nwritten to ", (str(out), "bold"))]
