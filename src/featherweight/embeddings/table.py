@@ -76,6 +76,7 @@ class Table:
     unit: str = "line"
     named: bool = True
     bad: Bad = field(default_factory=lambda: Bad(""))
+    _twice: dict[int, str] | None = None
 
     def blocks(self, rows: int | None = None) -> Iterator[Block]:
         """Checked blocks of at most `rows` rows, by default about 8 MB. Each call reads the file anew.
@@ -86,7 +87,8 @@ class Table:
         size = max(1, rows or BLOCK_BYTES // (4 * self.dim))
         self.bad.counts.clear()
         self.bad.first.clear()
-        seen: dict[str, int] = {}
+        # A whole pass finds the words that come twice; later passes know their places and need not remember all words.
+        known, seen, twice = self._twice, dict[str, int](), dict[int, str]()
         for block in self.stream(size, self.bad):
             good = np.array(np.isfinite(block.vectors).all(axis=1), ndmin=1)
             for i, (word, place) in enumerate(zip(block.words, block.places, strict=True)):
@@ -95,16 +97,21 @@ class Table:
                 elif not word:
                     self.bad(f"{self.unit} {place}", "the word is empty")
                     good[i] = False
+                elif known is not None:
+                    if place in known:
+                        self.bad(f"{self.unit} {place}", "the word comes twice", known[place])
+                        good[i] = False
                 elif seen.setdefault(word, place) != place:
-                    self.bad(
-                        f"{self.unit} {place}", "the word comes twice", f"{word!r}, first in {self.unit} {seen[word]}"
-                    )
+                    twice[place] = f"{word!r}, first in {self.unit} {seen[word]}"
+                    self.bad(f"{self.unit} {place}", "the word comes twice", twice[place])
                     good[i] = False
             if good.all():
                 yield block
             elif good.any():
                 at = np.flatnonzero(good)
                 yield Block([block.words[int(i)] for i in at], block.vectors[at], [block.places[int(i)] for i in at])
+        if known is None:
+            self._twice = twice
 
     def _not_finite(self, block: Block, i: int) -> None:
         column = int(np.flatnonzero(~np.isfinite(block.vectors[i]))[0])
