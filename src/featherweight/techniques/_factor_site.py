@@ -1,0 +1,305 @@
+"""What all decompositions share: where they are legal, which ranks are offered, estimates, the way into the graph.
+
+**No gain.** An option must save bytes or operations, names and nodes counted, and one of a site's options must be
+worth its error, else the site has none. The measure is rounding: a share s of the values kept in 4 bits takes as many
+bytes as all values in 4 s bits; each bit less doubles the step, so that rounding would add 4^(4 (1 - s)) - 1 times
+the noise of 4 bits. A decomposition is worth it if it adds less (WORK_WORTH times that where it saves operations
+too, which rounding does not), and no more than MOST_NOISE. Flat spectra fail at every rank. Where one rank is worth
+it the milder ones are offered too: what they cost in the whole model is for the search to weigh.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from featherweight.core import Action, Scalar, Site
+from featherweight.errors import TechniqueError
+from featherweight.graph.weights import Role, Weight, WeightUse
+from featherweight.techniques import _absorb, _factor_graph, _noise, _place
+from featherweight.techniques._factor import Moments, steadied
+from featherweight.techniques._factor_graph import Link
+from featherweight.techniques._profile import refusal
+from featherweight.techniques._protocol import Context, Estimate
+
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+Params = tuple[int, ...]
+#: Options of one site: so many, from this share of the break-even down.
+STEPS, TOP, LEAST = 6, 0.9, 0.15
+WORK_WORTH = 2.0
+MOST_NOISE = 0.5
+BASE_BITS = 4
+#: An error below this share of the output is rounding of float32.
+EXACT = 1e-11
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight as arithmetic sees it: matrix (g, out, k) float64, C or None, sizes of a convolution's kernel.
+
+    `memo` keeps what the candidates of one layer share.
+    """
+
+    weight: Weight
+    matrix: F64
+    moments: Moments
+    found: _absorb.Moments
+    signal: float
+    channels: int
+    kernel: tuple[int, ...]
+    seed: int
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def tensor(self) -> F64:
+        """(g, out, channels, *kernel)."""
+        g, out, _ = self.matrix.shape
+        return self.matrix.reshape(g, out, self.channels, *self.kernel)
+
+
+@dataclass(frozen=True)
+class Solved:
+    """Arrays of the factors in their nodes' layout; as matrices their product is `product` (g, out, k)."""
+
+    arrays: tuple[F32, ...]
+    product: F64
+
+
+@dataclass(frozen=True)
+class Method:
+    """One decomposition: names of its parameters, where it applies, its candidates, their errors, the factors.
+
+    `why`: why a weight has none ('' if it may); `propose`: parameters worth a look; `shapes`: of the factors;
+    `errors`: tr(dW C dW^T) of each; `solve`: the factors; `links`: the layers at one use.
+    """
+
+    name: str
+    params: tuple[str, ...]
+    roles: frozenset[Role]
+    why: Callable[[Weight], str]
+    propose: Callable[[Layer], Sequence[Params]]
+    shapes: Callable[[Layer, Params], Sequence[tuple[int, ...]]]
+    errors: Callable[[Layer, Sequence[Params]], Sequence[float]]
+    solve: Callable[[Layer, Params], Solved]
+    links: Callable[[Weight, Params], Callable[[WeightUse], Sequence[Link]]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One option with what it costs."""
+
+    params: Params
+    estimate: Estimate
+
+
+def ladder(most: int) -> list[int]:
+    """About STEPS ranks in geometric steps from TOP * most down, multiples of 8 where the layer is wide."""
+    unit = 8 if most >= 48 else 4 if most >= 24 else 1
+    found = []
+    for i in range(STEPS):
+        rank = most * TOP * (LEAST / TOP) ** (i / (STEPS - 1))
+        found.append(max(int(rank) // unit * unit, min(unit, most)))
+    return sorted({r for r in found if r >= 1}, reverse=True)
+
+
+def reason(method: Method, weight: Weight, ctx: Context) -> str:
+    """Why the weight is left alone, or ''."""
+    asked = refusal(weight, ctx)
+    if asked:
+        return f"its layers stay as they are: {asked}"
+    roles = {use.role for use in weight.uses}
+    if len(roles) > 1:
+        return f"it is used in several ways ({', '.join(sorted(roles))}), so one factorisation cannot serve all"
+    role = weight.uses[0].role
+    if role not in method.roles:
+        wanted = ", ".join(sorted(method.roles))
+        return f"{method.name} takes apart {wanted} weights; this one is of the kind {role}"
+    if len({_view(use) for use in weight.uses}) > 1:
+        return "its uses read it in different layouts, so one factorisation cannot serve all"
+    if weight.value.is_graph_output() or _other_readers(weight):
+        return "the stored tensor is also read in another way, so it would have to stay beside its factors"
+    return method.why(weight)
+
+
+def _view(use: WeightUse) -> tuple[Any, ...]:
+    flag = use.node.attributes.get("transB") if use.role == "gemm" else None
+    perms = tuple(str(node.attributes.get("perm")) for node in use.layout)
+    return use.role, use.groups, use.index, perms, 0 if flag is None else flag.as_int()
+
+
+def _other_readers(weight: Weight) -> bool:
+    """True if something reads the tensor, or its transposed form, that is not one of the uses."""
+    uses = {(use.node, use.index) for use in weight.uses}
+    layout = {node for use in weight.uses for node in use.layout}
+    todo, seen = [weight.value], set()
+    while todo:
+        value = todo.pop()
+        if value is not weight.value and value.is_graph_output():
+            return True
+        for reader in value.uses():
+            if (reader.node, reader.idx) in uses:
+                continue
+            passes = reader.node in layout or reader.node.op_type == "Identity"
+            if not passes:
+                return True
+            if reader.node not in seen:
+                seen.add(reader.node)
+                todo.extend(reader.node.outputs)
+    return False
+
+
+def layer(weight: Weight, ctx: Context) -> Layer:
+    """The weight with its second moments, made ready."""
+    matrix = weight.to_matrix(weight.array())
+    found = _absorb.moments(weight, ctx)
+    rows = ctx.stats.n_rows(weight.name) if ctx.stats is not None else 0
+    use = weight.main_use
+    kernel = _factor_graph.seen_shape(weight, use)[2:] if use.role in ("conv", "conv_transpose") else ()
+    channels = matrix.shape[2] // math.prod(kernel)
+    signal = _absorb.signal(matrix, found, weight, ctx)
+    return Layer(
+        weight, matrix.astype(np.float64), steadied(found.matrix, rows), found, signal, channels, kernel, ctx.seed
+    )
+
+
+def four_bits(of: Layer) -> float:
+    """Noise of the weight rounded to BASE_BITS with error feedback, in closed form (`_noise`)."""
+    g, _, k = of.matrix.shape
+    second = np.ones((g, k)) if of.found.matrix is None else of.found.matrix
+    step = _noise.steps(of.matrix.astype(np.float32), BASE_BITS, None)
+    error = float((np.square(step) * _noise.pivots(second)[:, None]).sum()) / 12 * _noise.CLIPPED[BASE_BITS]
+    return error / of.signal if of.signal > 0 else 0.0
+
+
+def worth(noise: float, share: float, work: float, rounding: float) -> bool:
+    """Whether an option's noise is worth the bytes and operations it saves (see the module's text)."""
+    if noise <= EXACT * 100:
+        return share < 1 or work < 1
+    price = rounding * (4.0 ** (BASE_BITS * max(1 - share, 0.0)) - 1)
+    price *= WORK_WORTH if work < 1 else 1.0
+    return bool(noise <= min(price, MOST_NOISE))
+
+
+def candidates(method: Method, model: ir.Model, weight: Weight, ctx: Context) -> dict[Params, Candidate]:
+    """Every option that saves bytes or operations, with its estimate; made once a weight."""
+    key = (method.name, ctx.stats.key if ctx.stats else "", weight.name, weight.shape)
+    if key not in ctx.cache:
+        of = layer(weight, ctx)
+        saving = []
+        for params in method.propose(of):
+            size, work = _costs(method, model, of, params, ctx)
+            if size < weight.size_bytes or work < 1:
+                saving.append((params, size, work))
+        errors = method.errors(of, [s[0] for s in saving]) if saving else []
+        found = {
+            params: Candidate(params, Estimate(size, _relative(error, of), work))
+            for (params, size, work), error in zip(saving, errors, strict=True)
+        }
+        ctx.cache[key] = found
+        ctx.cache[*key, "rounding"] = four_bits(of) if found else 0.0
+    known: dict[Params, Candidate] = ctx.cache[key]
+    return known
+
+
+def _relative(error: float, of: Layer) -> float:
+    return max(error, 0.0) / of.signal if of.signal > 0 else 0.0
+
+
+def _costs(method: Method, model: ir.Model, of: Layer, params: Params, ctx: Context) -> tuple[int, float]:
+    shapes = method.shapes(of, params)
+    size = _factor_graph.size_bytes(of.weight, shapes)
+    if of.found.mean is not None:
+        size += _absorb.added_bytes(_absorb.slot(of.weight))
+    return size, _factor_graph.work(model, of.weight, shapes, method.links(of.weight, params), ctx)
+
+
+def options(method: Method, model: ir.Model, site: Site, ctx: Context) -> list[Action]:
+    """Legal actions that are worth their error; where there is none a note says why."""
+    weight = ctx.weight(model, site.name)
+    why = reason(method, weight, ctx)
+    if why:
+        ctx.note(site.name, why)
+        return []
+    known = candidates(method, model, weight, ctx)
+    if not known:
+        ctx.note(site.name, f"no gain: {method.name} saves neither bytes nor operations at any rank")
+        return []
+    rounding = ctx.cache[method.name, ctx.stats.key if ctx.stats else "", weight.name, weight.shape, "rounding"]
+    fine = [
+        c
+        for c in known.values()
+        if worth(c.estimate.noise, c.estimate.size_bytes / max(weight.size_bytes, 1), c.estimate.work, rounding)
+    ]
+    found = [c.params for c in known.values() if fine and c.estimate.noise <= MOST_NOISE]
+    if not found:
+        best = min(known.values(), key=lambda c: c.estimate.noise).estimate
+        saved = max(1 - best.size_bytes / max(weight.size_bytes, 1), 0.0)
+        ctx.note(
+            site.name,
+            f"no gain: {method.name} loses {best.noise:.2g} of the output to save {max(1 - best.work, 0.0):.0%} of the "
+            f"operations and {saved:.0%} of the bytes; fewer bits lose less",
+        )
+    return [Action.of(method.name, **dict(zip(method.params, params, strict=True))) for params in found]
+
+
+def estimate(method: Method, model: ir.Model, site: Site, action: Action, ctx: Context) -> Estimate:
+    """Bytes, noise and work of one option."""
+    weight = ctx.weight(model, site.name)
+    params = _params(method, action)
+    known = candidates(method, model, weight, ctx)
+    if params not in known:
+        _refuse(method, weight, ctx)
+        of = layer(weight, ctx)
+        size, work = _costs(method, model, of, params, ctx)
+        known[params] = Candidate(params, Estimate(size, _relative(method.errors(of, [params])[0], of), work))
+    return known[params].estimate
+
+
+def apply(method: Method, model: ir.Model, site: Site, action: Action, ctx: Context) -> tuple[Site, ...]:
+    """Factorise, put the mean error into the bias, replace the layers; one site a factor.
+
+    Where channels were cut since the option was chosen and it saves nothing any more, the layer stays as it is.
+    """
+    weight = _place.find(model, site.name)
+    _refuse(method, weight, ctx)
+    params = _params(method, action)
+    of = layer(weight, ctx)
+    shapes = method.shapes(of, params)
+    if sum(map(math.prod, shapes)) >= of.matrix.size and _costs(method, model, of, params, ctx)[1] >= 1:
+        ctx.note(site.name, f"no gain: {action} saves nothing now that channels of it are gone; it stays as it is")
+        return (site,)
+    return factorise(method, model, of, params)
+
+
+def factorise(method: Method, model: ir.Model, of: Layer, params: Params) -> tuple[Site, ...]:
+    """Replace the layer by its factors, whether that saves anything or not."""
+    solved, weight = method.solve(of, params), of.weight
+    error = (of.matrix - solved.product).astype(np.float32)
+    shift, place = _absorb.mean_shift(error, of.found), _absorb.slot(weight)
+    if shift is not None and place is not None:
+        _absorb.absorb(model, place, shift, weight.name)
+    return _factor_graph.replace(model, weight, solved.arrays, method.links(weight, params))
+
+
+def _refuse(method: Method, weight: Weight, ctx: Context) -> None:
+    why = reason(method, weight, ctx)
+    if why:
+        raise TechniqueError(f"{method.name} cannot take {weight.name!r} apart: {why}")
+
+
+def _params(method: Method, action: Action) -> Params:
+    """The ranks of an action, checked. Raises TechniqueError."""
+    found = []
+    for name in method.params:
+        value: Scalar | None = action.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise TechniqueError(f"{name} of {method.name} must be a whole number >= 1, but got {value!r}")
+        found.append(value)
+    return tuple(found)

@@ -1,0 +1,130 @@
+"""Convolutions as k x 1, then 1 x k (Jaderberg 2014, arXiv:1405.3866), fitted to the inputs.
+
+The first layer has the `rank` filters along the first kernel axis that hold most of the output, seen through the
+inputs' second moments; the second layer, along the other axes, is the best one for them in closed form.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from featherweight.core import Action, Site, Stage
+from featherweight.graph.weights import Weight, WeightUse
+from featherweight.techniques import _factor_conv, _factor_site, _place
+from featherweight.techniques._factor import F64, Onto, onto
+from featherweight.techniques._factor_graph import Link, conv_link, seen_shape, window
+from featherweight.techniques._factor_site import Layer, Method, Params, Solved, ladder
+from featherweight.techniques._protocol import Context, Estimate, Technique
+
+
+class ConvSpatial:
+    """See the module's text. Sites are all stored float weights, in sub-graphs too; options are for Conv."""
+
+    name: ClassVar[str] = "conv_spatial"
+    stage: ClassVar[Stage] = "structure"
+    integer: ClassVar[bool] = False
+    factors: ClassVar[int] = 2
+
+    def sites(self, model: ir.Model) -> Iterable[Site]:
+        """Every weight that is worth encoding."""
+        return _place.sites(model)
+
+    def options(self, model: ir.Model, site: Site, ctx: Context) -> Iterable[Action]:
+        """About six ranks below the break-even."""
+        return _factor_site.options(METHOD, model, site, ctx)
+
+    def estimate(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> Estimate:
+        """Bytes and operations from shapes; noise is the error of the best second layer for the first's filters."""
+        return _factor_site.estimate(METHOD, model, site, action, ctx)
+
+    def apply(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> tuple[Site, ...]:
+        """Replace the layer by two."""
+        return _factor_site.apply(METHOD, model, site, action, ctx)
+
+    def finish(self, model: ir.Model, ctx: Context) -> None:
+        """Nothing is left to do."""
+
+
+def _why(weight: Weight) -> str:
+    kernel = seen_shape(weight, weight.main_use)[2:]
+    if kernel[0] == 1 or math.prod(kernel[1:]) == 1:
+        return f"no gain: its kernel {'x'.join(map(str, kernel))} does not extend along two axes"
+    if weight.matrix_shape[1] < 2 and seen_shape(weight, weight.main_use)[1] < 2 and math.prod(kernel) <= 4:
+        return "no gain: so small a depthwise kernel has no fewer values in two parts"
+    return ""
+
+
+def _sizes(of: Layer) -> tuple[int, int, int]:
+    """Size of the first kernel axis, of the others together, and the largest rank."""
+    first, rest = of.kernel[0], math.prod(of.kernel[1:])
+    return first, rest, min(of.channels * first, of.matrix.shape[1] * rest)
+
+
+def _propose(of: Layer) -> Sequence[Params]:
+    _, out, k = of.matrix.shape
+    first, rest, largest = _sizes(of)
+    most = -(-out * k // (of.channels * first + out * rest)) - 1
+    return [(r,) for r in ladder(min(most, largest))] if min(most, largest) >= 1 else []
+
+
+def _prepared(of: Layer) -> tuple[F64, Onto]:
+    """Filters (g, n, c, first) of every rank that can pay, and the problem with all of them."""
+    if "spatial" not in of.memo:
+        _, out, k = of.matrix.shape
+        first, rest, largest = _sizes(of)
+        most = min(largest, max(out * k // (of.channels * first + out * rest) + 1, 1))
+        basis = _factor_conv.column_basis(of.tensor, of.moments)[:, :most]
+        of.memo["spatial"] = basis, onto(of.matrix, of.moments, _factor_conv.with_rest(basis, rest))
+    found: tuple[F64, Onto] = of.memo["spatial"]
+    return found
+
+
+def _rank(of: Layer, params: Params) -> int:
+    return min(params[0], _sizes(of)[2])
+
+
+def _errors(of: Layer, asked: Sequence[Params]) -> list[float]:
+    rest = _sizes(of)[1]
+    return _whole(of, asked)[1].errors([_rank(of, params) * rest for params in asked])
+
+
+def _whole(of: Layer, asked: Sequence[Params]) -> tuple[F64, Onto]:
+    """As `_prepared`, with more filters if a larger rank is asked for."""
+    basis, problem = _prepared(of)
+    if max(_rank(of, params) for params in asked) <= basis.shape[1]:
+        return basis, problem
+    basis = _factor_conv.column_basis(of.tensor, of.moments)
+    return basis, onto(of.matrix, of.moments, _factor_conv.with_rest(basis, _sizes(of)[1]))
+
+
+def _shapes(of: Layer, params: Params) -> list[tuple[int, ...]]:
+    g, out, _ = of.matrix.shape
+    rank, others = _rank(of, params), of.kernel[1:]
+    return [(g * rank, of.channels, of.kernel[0], *[1] * len(others)), (g * out, rank, 1, *others)]
+
+
+def _solve(of: Layer, params: Params) -> Solved:
+    rank, rest = _rank(of, params), _sizes(of)[1]
+    basis, problem = _whole(of, [params])
+    outer = problem.solve(rank * rest)
+    inner = _factor_conv.with_rest(basis[:, :rank], rest)
+    arrays = (basis[:, :rank], outer)
+    shaped = tuple(a.reshape(s).astype(np.float32) for a, s in zip(arrays, _shapes(of, params), strict=True))
+    return Solved(shaped, outer @ inner)
+
+
+def _links(weight: Weight, _: Params) -> Callable[[WeightUse], Sequence[Link]]:
+    def links(use: WeightUse) -> Sequence[Link]:
+        of, g = window(use, weight), use.groups
+        return conv_link(of, g, [0]), conv_link(of, g, range(1, len(of.kernel)))
+
+    return links
+
+
+METHOD = Method("conv_spatial", ("rank",), frozenset({"conv"}), _why, _propose, _shapes, _errors, _solve, _links)
+TECHNIQUE: Technique = ConvSpatial()
