@@ -114,6 +114,10 @@ class Weight:
         """(groups, out, k)."""
         return self._view.matrix
 
+    def seen_shape(self, use: WeightUse) -> tuple[int, ...]:
+        """Shape as the node of `use` reads it, behind the Transposes of its layout."""
+        return tuple(self.shape[i] for i in _layout_permutation(use, len(self.shape)))
+
     @property
     def channel_axis(self) -> int | None:
         """Axis of the *stored* layout with one entry per output channel, for per-channel scales; None if none.

@@ -120,13 +120,13 @@ def _read(weight: Weight, use: WeightUse) -> Read | None:
             use.role,
             (other.name,),
             use.groups,
-            window_of(node, weight.shape[2:], use.role == "conv_transpose"),
+            window_of(node, weight.seen_shape(use)[2:], use.role == "conv_transpose"),
         )
     if use.role == "gemm":
         # Gemm(A, W): rows are those of A; Gemm(W, B): rows are the columns of B.
         flag = bool(_attribute(node, "transA" if use.index == 1 else "transB", 0))
         return Read(weight.name, "gemm", (other.name,), transposed=flag if use.index == 1 else not flag)
-    lead = weight.shape[:-2] if len(weight.shape) > 2 else ()
+    lead = weight.seen_shape(use)[:-2]
     return Read(weight.name, use.role, (other.name,), lead=tuple(lead))
 
 

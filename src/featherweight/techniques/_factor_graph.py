@@ -44,17 +44,7 @@ class Link:
 
 def window(use: WeightUse, weight: Weight) -> Window:
     """The geometry of a convolution; the kernel is in the layout that the node reads."""
-    return window_of(use.node, seen_shape(weight, use)[2:], use.role == "conv_transpose")
-
-
-def seen_shape(weight: Weight, use: WeightUse) -> Shape:
-    """Shape of the weight as the node reads it, behind the Transposes of its layout."""
-    shape = weight.shape
-    for node in use.layout:
-        given = node.attributes.get("perm")
-        perm = tuple(given.as_ints()) if given is not None else tuple(reversed(range(len(shape))))
-        shape = tuple(shape[i] for i in perm)
-    return shape
+    return window_of(use.node, weight.seen_shape(use)[2:], use.role == "conv_transpose")
 
 
 def point_link(rank: int, group: int) -> Link:

@@ -161,7 +161,7 @@ def layer(weight: Weight, ctx: Context) -> Layer:
     found = _absorb.moments(weight, ctx)
     rows = ctx.stats.n_rows(weight.name) if ctx.stats is not None else 0
     use = weight.main_use
-    kernel = _factor_graph.seen_shape(weight, use)[2:] if use.role in ("conv", "conv_transpose") else ()
+    kernel = weight.seen_shape(use)[2:] if use.role in ("conv", "conv_transpose") else ()
     channels = matrix.shape[2] // math.prod(kernel)
     signal = _absorb.signal(matrix, found, weight, ctx)
     return Layer(

@@ -17,7 +17,7 @@ from featherweight.core import Action, Site, Stage
 from featherweight.graph.weights import Weight, WeightUse
 from featherweight.techniques import _factor_conv, _factor_site, _place
 from featherweight.techniques._factor import F64, onto, spread
-from featherweight.techniques._factor_graph import Link, conv_link, point_link, seen_shape, window
+from featherweight.techniques._factor_graph import Link, conv_link, point_link, window
 from featherweight.techniques._factor_site import Layer, Method, Params, Solved
 from featherweight.techniques._protocol import Context, Estimate, Technique
 
@@ -54,7 +54,7 @@ SHARES = (0.8, 0.5, 0.3, 0.18)
 
 
 def _why(weight: Weight) -> str:
-    shape = seen_shape(weight, weight.main_use)
+    shape = weight.seen_shape(weight.main_use)
     if math.prod(shape[2:]) == 1:
         return "no gain: a kernel of one position has no spatial part"
     if shape[1] == 1:

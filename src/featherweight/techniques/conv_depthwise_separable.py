@@ -18,7 +18,7 @@ from featherweight.core import Action, Site, Stage
 from featherweight.graph.weights import Weight, WeightUse
 from featherweight.techniques import _factor_conv, _factor_site, _place
 from featherweight.techniques._factor import F64, onto, spread
-from featherweight.techniques._factor_graph import Link, conv_link, point_link, seen_shape, window
+from featherweight.techniques._factor_graph import Link, conv_link, point_link, window
 from featherweight.techniques._factor_site import Layer, Method, Params, Solved
 from featherweight.techniques._protocol import Context, Estimate, Technique
 
@@ -55,7 +55,7 @@ MOST = 6
 
 
 def _why(weight: Weight) -> str:
-    shape = seen_shape(weight, weight.main_use)
+    shape = weight.seen_shape(weight.main_use)
     if math.prod(shape[2:]) == 1:
         return "no gain: a kernel of one position has no spatial part"
     if shape[1] == 1:
@@ -108,7 +108,7 @@ def _solve(of: Layer, params: Params) -> Solved:
 
 def _links(weight: Weight, _: Params) -> Callable[[WeightUse], Sequence[Link]]:
     def links(use: WeightUse) -> Sequence[Link]:
-        of, channels = window(use, weight), seen_shape(weight, use)[1] * use.groups
+        of, channels = window(use, weight), weight.seen_shape(use)[1] * use.groups
         rank = len(of.kernel)
         return conv_link(of, channels, range(rank)), point_link(rank, use.groups)
 

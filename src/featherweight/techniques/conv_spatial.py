@@ -17,7 +17,7 @@ from featherweight.core import Action, Site, Stage
 from featherweight.graph.weights import Weight, WeightUse
 from featherweight.techniques import _factor_conv, _factor_site, _place
 from featherweight.techniques._factor import F64, Onto, onto
-from featherweight.techniques._factor_graph import Link, conv_link, seen_shape, window
+from featherweight.techniques._factor_graph import Link, conv_link, window
 from featherweight.techniques._factor_site import Layer, Method, Params, Solved, ladder
 from featherweight.techniques._protocol import Context, Estimate, Technique
 
@@ -51,10 +51,10 @@ class ConvSpatial:
 
 
 def _why(weight: Weight) -> str:
-    kernel = seen_shape(weight, weight.main_use)[2:]
+    kernel = weight.seen_shape(weight.main_use)[2:]
     if kernel[0] == 1 or math.prod(kernel[1:]) == 1:
         return f"no gain: its kernel {'x'.join(map(str, kernel))} does not extend along two axes"
-    if weight.matrix_shape[1] < 2 and seen_shape(weight, weight.main_use)[1] < 2 and math.prod(kernel) <= 4:
+    if weight.matrix_shape[1] < 2 and weight.seen_shape(weight.main_use)[1] < 2 and math.prod(kernel) <= 4:
         return "no gain: so small a depthwise kernel has no fewer values in two parts"
     return ""
 

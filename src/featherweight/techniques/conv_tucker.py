@@ -18,7 +18,7 @@ from featherweight.core import Action, Site, Stage
 from featherweight.graph.weights import Weight, WeightUse
 from featherweight.techniques import _factor_conv, _factor_site, _place
 from featherweight.techniques._factor import F64, Onto, Pair, onto, pair, tail
-from featherweight.techniques._factor_graph import Link, conv_link, point_link, seen_shape, window
+from featherweight.techniques._factor_graph import Link, conv_link, point_link, window
 from featherweight.techniques._factor_site import Layer, Method, Params, Solved, ladder
 from featherweight.techniques._protocol import Context, Estimate, Technique
 
@@ -55,7 +55,7 @@ SHARES = (0.85, 0.6, 0.42, 0.3, 0.2, 0.14)
 
 
 def _why(weight: Weight) -> str:
-    shape = seen_shape(weight, weight.main_use)
+    shape = weight.seen_shape(weight.main_use)
     if math.prod(shape[2:]) == 1:
         return "no gain: a kernel of one position has no core; low_rank is the same with one layer less"
     if shape[1] < 2 or weight.matrix_shape[1] < 2:
@@ -68,7 +68,7 @@ def _propose(of: Layer) -> Sequence[Params]:
     _, out, k = of.matrix.shape
     c, positions = of.channels, k // of.channels
     best: dict[float, tuple[float, Params]] = {}
-    for a in _in_ranks(c):
+    for a in (r for r in _in_ranks(c) if r <= out * positions):
         energy, rest = _cut(of, a)
         limit = min(out, a * positions)
         for share in SHARES:
@@ -117,8 +117,8 @@ def _cut(of: Layer, in_rank: int) -> tuple[F64, float]:
 
 def _ranks(of: Layer, params: Params) -> tuple[int, int]:
     """Ranks that the layer as it is now can have."""
-    in_rank = min(params[0], of.channels)
-    out = of.matrix.shape[1]
+    _, out, k = of.matrix.shape
+    in_rank = min(params[0], of.channels, out * k // of.channels)
     return in_rank, min(params[1], out)
 
 

@@ -17,7 +17,7 @@ from featherweight.core import Action, Site, Stage
 from featherweight.graph.weights import Weight, WeightUse
 from featherweight.techniques import _factor_site, _place
 from featherweight.techniques._factor import F64, pair, tail
-from featherweight.techniques._factor_graph import Link, conv_link, point_link, seen_shape, window
+from featherweight.techniques._factor_graph import Link, conv_link, point_link, window
 from featherweight.techniques._factor_site import EXACT, Layer, Method, Params, Solved, ladder
 from featherweight.techniques._protocol import Context, Estimate, Technique
 
@@ -51,7 +51,7 @@ class LowRank:
 
 
 def _why(weight: Weight) -> str:
-    if len(seen_shape(weight, weight.main_use)) < 2 or min(weight.matrix_shape[1:]) < 2:
+    if len(weight.seen_shape(weight.main_use)) < 2 or min(weight.matrix_shape[1:]) < 2:
         return "no gain: it has one row or column a group, which is of rank 1 already"
     return ""
 
@@ -90,7 +90,7 @@ def _shapes(of: Layer, params: Params) -> list[tuple[int, ...]]:
             return [(g * of.channels, rank, *of.kernel), (g * out, rank, *[1] * len(of.kernel))]
         case "gemm":
             return [(rank, k), (out, rank)]
-    lead = seen_shape(of.weight, use)[:-2]
+    lead = of.weight.seen_shape(use)[:-2]
     if use.role == "matmul_left":
         return [(*lead, rank, k), (*lead, out, rank)]
     return [(*lead, k, rank), (*lead, rank, out)]
