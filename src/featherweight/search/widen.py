@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from featherweight.core import Attempt, Budget, Decision, Effect, Plan
+from featherweight.core import Attempt, Budget, Decision, Effect, Plan, Site
 from featherweight.errors import RunError, TechniqueError
 from featherweight.graph import io
 from featherweight.graph.weights import weights
-from featherweight.search import bounds, joint, loop, stage
+from featherweight.search import bounds, curves, joint, loop, stage
 from featherweight.search.baseline import Baseline, base
 from featherweight.search.effects import SiteFacts, modelled_latency_ms
 from featherweight.search.measured import announce, measure_plan
@@ -30,13 +30,14 @@ from featherweight.search.probe import child_distance
 from featherweight.search.problem import Problem, first_feeds
 from featherweight.search.solve import Choice
 from featherweight.search.stage import Staged
+from featherweight.techniques import Context
 
 #: Structures built and measured at most, numeric candidates tried on each, and structures tried for a front.
 MOST_STRUCTURES = 6
 CANDIDATES_EACH = 3
 MOST_FOR_A_FRONT = 3
 #: Batches on which the noise of a changed structure is measured.
-NOISE_BATCHES = 12
+NOISE_BATCHES = 32
 SMALLEST_STEP = 1.3
 SCALES = (0.02, 50.0)
 Outcome = Literal["met", "missed", "rescaled", "nothing"]
@@ -81,8 +82,8 @@ class Wider:
 
     def proofs(self) -> list[bounds.Bound]:
         """The least bytes and MACs that structure and numbers together can reach."""
-        floor = self._floor()
-        return bounds.structure_bounds(self.problem.budget, self.joint, self.base, floor)
+        space = decision_space(self.problem, self.found.ground, self.table, self.estimated, self.gains)
+        return bounds.structure_bounds(self.problem.budget, space, self.base, self._floor())
 
     def search(self, *, enough: bool) -> None:
         """Try structures until none is left that promises more; what is found is added to `found`."""
@@ -106,13 +107,18 @@ class Wider:
             self.found.interrupted, self.found.stop_reason = True, "stopped by the user"
 
     @cached_property
+    def estimated(self) -> Structure:
+        """All that structure can do, estimated in closed form on the model as it is."""
+        techniques = list(self.problem.of_stage(structure=True).values())
+        return structure_options(self.problem.model, techniques, self._ctx(), self.gains, self.problem.progress)
+
+    @cached_property
     def structure(self) -> Structure:
-        """All that structure can do, estimated on the model as it is."""
-        problem, ctx = self.problem, self.found.ground.ctx
-        ctx = dataclasses.replace(ctx, gains=self.gains)
-        return structure_options(
-            problem.model, list(problem.of_stage(structure=True).values()), ctx, self.gains, problem.progress
-        )
+        """The same, with the losses of groups on curves through a few real cuts."""
+        return self.estimated if self.estimated.empty else curves.measured(self.problem, self.estimated, self._ctx())
+
+    def _ctx(self) -> Context:
+        return dataclasses.replace(self.found.ground.ctx, gains=self.gains)
 
     @cached_property
     def gains(self) -> dict[str, float]:
@@ -172,37 +178,47 @@ class Wider:
         if not decisions or key in self.tried:
             return "met" if math.isfinite(cap) and decisions else "nothing"
         self.tried.add(key)
-        trial = self._built(decisions)
-        if trial is None:
+        built = self._built(decisions)
+        if built is None:
             return "missed"
-        self.scale = min(max(trial.noise / max(chosen.structural / self.scale, 1e-12), SCALES[0]), SCALES[1])
-        if trial.noise > cap:
+        made, noise = built
+        self.scale = min(max(noise / max(chosen.structural / self.scale, 1e-12), SCALES[0]), SCALES[1])
+        if noise > cap:
+            self.problem.stages.pop(made.key, None)
             return "rescaled"
+        trial = self._trial(made, noise)
         if budget.max_macs is not None and trial.base.macs > budget.max_macs:
             return "missed"
         met = self._numbers(trial, budget, cap, enough=enough, candidates=candidates)
         return "met" if met else "missed"
 
-    def _built(self, decisions: Sequence[Decision]) -> Trial | None:
-        """The structure, or None after noting why it cannot be."""
-        problem, ground = self.problem, self.found.ground
+    def _built(self, decisions: Sequence[Decision]) -> tuple[Staged, float] | None:
+        """The structure and its measured output noise, or None after noting why it cannot be."""
+        problem = self.problem
         try:
-            made = staged(problem, dataclasses.replace(ground.ctx, gains=self.gains), decisions)
-            noise = problem.journal.phase(f"noise of {made.key}", lambda: _noise(problem, made))
+            made = staged(problem, self._ctx(), decisions)
+            return made, problem.journal.phase(f"noise of {made.key}", lambda: _noise(problem, made))
         except (TechniqueError, RunError) as e:
             problem.note("structure", f"a structure of {len(decisions)} changes could not be built: {e}")
             return None
-        own = dataclasses.replace(problem, model=made.model, model_path=made.path, facts={})
-        gains = {name: self.gains.get(name, 1.0) for name in self.gains}
+
+    def _trial(self, made: Staged, noise: float) -> Trial:
+        """What can be done to the numbers of a structure, estimated with its own statistics."""
+        ground = self.found.ground
+        own = dataclasses.replace(self.problem, model=made.model, model_path=made.path, facts={})
+        gains = dict(self.gains)
         for site, names in made.left.items():
             gains.update(dict.fromkeys(names, self.gains.get(site, 1.0)))
         ctx = dataclasses.replace(ground.ctx, stats=made.stats, cache={}, fragile=_fragile(ground, made), gains=gains)
         table = survey(own, ctx, with_gains=False, gains=gains)
         macs = own.macs()
         start = loop.Base(
-            io.size_bytes(made.path), max(modelled_latency_ms(macs), 1e-6), self.base.peak_bytes,
-            self.base.measured_ms, macs,
-        )  # fmt: skip
+            io.size_bytes(made.path),
+            max(modelled_latency_ms(macs), 1e-6),
+            self.base.peak_bytes,
+            self.base.measured_ms,
+            macs,
+        )
         return Trial(own, made, table, noise, start)
 
     def _numbers(self, trial: Trial, budget: Budget, cap: float, *, enough: bool, candidates: int) -> bool:
@@ -244,10 +260,10 @@ class Wider:
     def _floor(self) -> bounds.Floor | None:
         """The model with every group at its narrowest; None if they cannot all be cut."""
         problem = self.problem
-        narrow = [min(g, key=lambda o: o.size).decision for g in self.structure.groups.values() if len(g) > 1]
+        narrow = [min(g, key=lambda o: o.size).decision for g in self.estimated.groups.values() if len(g) > 1]
         try:
             model = stage.cut_only(
-                problem.model, narrow, dataclasses.replace(self.found.ground.ctx, gains=self.gains),
+                problem.model, narrow, self._ctx(),
                 problem.of_stage(structure=True),
             )  # fmt: skip
         except TechniqueError:
@@ -264,13 +280,18 @@ def decision_space(
 ) -> joint.Joint:
     """All decisions of the program: at each weight keep, numbers, factors and chains of both; at each group a width."""
     by_name = {w.name: w for w in weights(problem.model)}
-    sites = {**structure.sites, **ground.sites}
+    # Weights that no numeric technique offers anything for still shrink with their channels.
+    plain = {
+        w.name: Site(w.name, "weight", (w.name,), tuple(u.path for u in w.uses), w.size_bytes) for w in by_name.values()
+    }
+    shrinking = [t for name in structure.groups for t in structure.sites[name].tensors if t in plain]
+    sites = {**plain, **structure.sites, **ground.sites}
     facts = site_facts(problem, sites, by_name, gains)
     options = {
         name: weight_options(
             sites[name], facts[name], table.get(name, ()), structure.factors.get(name, ()), by_name.get(name)
         )
-        for name in dict.fromkeys([*table, *structure.factors])
+        for name in dict.fromkeys([*table, *structure.factors, *shrinking])
     }
     for name in structure.groups:
         held = sum(sites[t].size_bytes for t in sites[name].tensors if t in options)
