@@ -24,6 +24,8 @@ Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
 Values = dict[str, Array]
 
+import os
+ENERGY, ENERGY_SUM = (float(v) for v in os.environ.get('RENERGY','1,0').split(','))
 HELD_OUT = 4  # one of so many samples (or rows) chooses the ridge
 ROWS_PER_INPUT = 24  # rows wanted a column: more than enough for the solution, few enough to be quick
 LEAST_ROWS = 4096
@@ -172,7 +174,7 @@ class _Pass:
         if fit is None or held is None:
             return Solved(layer.weight, layer.target, 0.0, 0.0, 0.0, None, 0)
         ridges = () if self.biases_only else RIDGES
-        found = solve(fit, held, matrix, bias, has_bias=layer.bias is not None, ridges=ridges)
+        found = solve(fit, held, matrix, bias, has_bias=layer.bias is not None, ridges=ridges, energy=ENERGY_SUM if layer.other else ENERGY)
         self._store(layer, weight, found)
         every = fit.plus(held)
         _, _, spread = every.about(every.x / max(every.rows, 1), every.y / max(every.rows, 1))

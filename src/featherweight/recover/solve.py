@@ -16,6 +16,7 @@ F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
+MOST_GAIN = 2.0
 CHUNK_ROWS = 8192  # rows multiplied in float32 before they are added to the float64 total
 
 
@@ -40,10 +41,12 @@ class Sums:
         """Empty sums, shifted by the means of the first rows if `centred`."""
         g, _, k = x.shape
         o = y.shape[2]
-        x_shift = x.mean(axis=1, keepdims=True) if centred else np.zeros((g, 1, k), np.float32)
-        y_shift = y.mean(axis=1, keepdims=True) if centred else np.zeros((g, 1, o), np.float32)
+        x_shift, y_shift = np.zeros((g, 1, k), np.float32), np.zeros((g, 1, o), np.float32)
+        x, y = _finite(x, y)
+        if centred and x.shape[1]:
+            x_shift, y_shift = x.mean(axis=1, keepdims=True), y.mean(axis=1, keepdims=True)
         zeros = [np.zeros(s) for s in ((g, k, k), (g, o, k), (g, o), (g, k), (g, o))]
-        return cls(x_shift.astype(np.float32), y_shift.astype(np.float32), *zeros)
+        return cls(x_shift, y_shift, *zeros)
 
     def empty(self) -> Sums:
         """Sums of no rows with the same shifts."""
@@ -52,9 +55,7 @@ class Sums:
 
     def add(self, x: F32, y: F32) -> None:
         """Add rows; those with a NaN or infinity are left out."""
-        if not (np.isfinite(x.sum()) and np.isfinite(y.sum())):
-            good = np.isfinite(x).all(axis=(0, 2)) & np.isfinite(y).all(axis=(0, 2))
-            x, y = x[:, good], y[:, good]
+        x, y = _finite(x, y)
         for a in range(0, x.shape[1], CHUNK_ROWS):
             xs, ys = x[:, a : a + CHUNK_ROWS] - self.x_shift, y[:, a : a + CHUNK_ROWS] - self.y_shift
             self.xx += np.matmul(xs.transpose(0, 2, 1), xs)
@@ -80,6 +81,14 @@ class Sums:
         return xx, yx, yy
 
 
+def _finite(x: F32, y: F32) -> tuple[F32, F32]:
+    """The rows that hold neither NaN nor infinity."""
+    if np.isfinite(x.sum()) and np.isfinite(y.sum()):
+        return x, y
+    good = np.isfinite(x).all(axis=(0, 2)) & np.isfinite(y).all(axis=(0, 2))
+    return x[:, good], y[:, good]
+
+
 @dataclass(frozen=True)
 class Solution:
     """`matrix` (g, o, k), `bias` (g, o) of a layer; errors are mean squares of all outputs on held-out rows.
@@ -95,7 +104,8 @@ class Solution:
 
 
 def solve(
-    fit: Sums, held: Sums, matrix: F32, bias: F32, *, has_bias: bool, ridges: Sequence[float] = RIDGES
+    fit: Sums, held: Sums, matrix: F32, bias: F32, *, has_bias: bool, ridges: Sequence[float] = RIDGES,
+    energy: float = 0.0,
 ) -> Solution:
     """The weights and bias that bring the layer nearest to its target.
 
@@ -121,7 +131,24 @@ def solve(
         error = _error(held, moved, shift)
         if error < after:
             best, after = _Choice(moved, _absolute(fit, moved, shift), ridge), error
-    return _on_all_rows(fit.plus(held), start, best, before, after, has_bias)
+    found = _on_all_rows(fit.plus(held), start, best, before, after, has_bias)
+    return _lively(fit.plus(held), found, energy) if has_bias and energy else found
+
+
+def _lively(sums: Sums, found: Solution, energy: float) -> Solution:
+    """Outputs scaled so that each varies as much as its target does.
+
+    Least squares on inputs with errors predicts less than there is (attenuation); layer after layer the signal would
+    fade. Matching the spread costs little error and keeps it (as Jordan 2023, arXiv:2211.08403, does for biases of
+    averaged networks).
+    """
+    n = max(sums.rows, 1)
+    xx, _, yy = sums.about(sums.x / n, sums.y / n)
+    own = np.einsum("gok,gok->go", found.matrix @ xx, found.matrix)
+    factor = np.clip(np.sqrt(np.maximum(yy, 0) / np.maximum(own, 1e-30)), 1.0, MOST_GAIN) ** energy
+    matrix = found.matrix * factor[:, :, None]
+    bias = _absolute(sums, matrix, _free_bias(sums, matrix))
+    return Solution(matrix, bias, found.before, found.after, found.ridge)
 
 
 @dataclass(frozen=True)
