@@ -215,16 +215,28 @@ def main() -> None:
     raw: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
     raw |= {"date": time.strftime("%Y-%m-%d"), "machine": machine()}
     if asked.only != "training":
-        table, tokenizer = wordllama(asked.wordllama)
-        rows = list(compare_tables("wordllama", table, tokenizer, asked.data, asked.work))
-        static = static_minilm(asked.models, asked.data, asked.work)
-        rows += compare_tables("minilm-static", static, asked.models / "minilm-tokenizer.json", asked.data, asked.work)
-        raw["tables"] = [asdict(r) for r in rows]
+        keep(raw, "tables", all_tables(asked))
     if asked.only != "tables":
-        raw["training"] = [asdict(r) for r in compare_training(asked.data, asked.work)]
+        keep(raw, "training", compare_training(asked.data, asked.work))
+
+
+def all_tables(asked: argparse.Namespace) -> Iterator[TableRow]:
+    """Rows of both tables."""
+    table, tokenizer = wordllama(asked.wordllama)
+    yield from compare_tables("wordllama", table, tokenizer, asked.data, asked.work)
+    static = static_minilm(asked.models, asked.data, asked.work)
+    yield from compare_tables("minilm-static", static, asked.models / "minilm-tokenizer.json", asked.data, asked.work)
+
+
+def keep(raw: dict[str, Any], part: str, rows: Iterator[TableRow] | Iterator[TrainingRow]) -> None:
+    """Write each row as it comes, so that an interrupted run leaves what it measured."""
     RESULTS.mkdir(exist_ok=True)
-    kept.write_text(json.dumps(raw, indent=1) + "\n")
-    (RESULTS / "words.md").write_text(page(raw))
+    raw[part] = []
+    for row in rows:
+        raw[part].append(asdict(row))
+        print(row, flush=True)
+        (RESULTS / "words.json").write_text(json.dumps(raw, indent=1) + "\n")
+        (RESULTS / "words.md").write_text(page(raw))
 
 
 if __name__ == "__main__":

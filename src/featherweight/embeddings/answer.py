@@ -43,7 +43,7 @@ def frontier(search: Search, points: int) -> Result:
     best = min(tried, key=drop_of, default=None)
     result = _result(search, best, time.monotonic() - started)
     return replace(
-        result, report=replace(result.report, outcome="measured", reason=f"{len(tried)} sizes were measured")
+        result, report=replace(result.report, outcome="front", reason=f"{len(tried)} sizes were measured")
     )
 
 
