@@ -99,10 +99,11 @@ def judged(joint: Joint, picked: Mapping[str, Option], shrunk: Mapping[str, Grou
         facts = joint.facts[name]
         size = math.prod(shrunk[g].size for g in joint.sized_by[name])
         work = math.prod(shrunk[g].work for g in joint.worked_by[name])
+        time = math.prod(shrunk[g].time for g in joint.worked_by[name])
         effects.append(
             Effect(
                 round(option.size_bytes * size) - joint.sites[name].size_bytes,
-                option.latency_ms * work - facts.latency_ms,
+                option.latency_ms * time - facts.latency_ms,
                 round(option.resident_bytes * size) - facts.resident_bytes,
                 option.loss + (scale - 1) * option.structural,
                 round(option.macs * work) - facts.macs,
@@ -129,6 +130,7 @@ def _table(
     table: dict[str, list[Choice]] = {}
     size = {n: math.prod(shrunk[g].size for g in gs) for n, gs in joint.sized_by.items()}
     work = {n: math.prod(shrunk[g].work for g in gs) for n, gs in joint.worked_by.items()}
+    time = {n: math.prod(shrunk[g].time for g in gs) for n, gs in joint.worked_by.items()}
     for name, options in joint.weights.items():
         facts, bytes_now = joint.facts[name], joint.sites[name].size_bytes
         table[name] = [
@@ -136,7 +138,7 @@ def _table(
                 o.decision,
                 Effect(
                     round(o.size_bytes * size[name]) - bytes_now,
-                    o.latency_ms * work[name] - facts.latency_ms,
+                    o.latency_ms * time[name] - facts.latency_ms,
                     round(o.resident_bytes * size[name]) - facts.resident_bytes,
                     o.loss + (scale - 1) * o.structural,
                     round(o.macs * work[name]) - facts.macs,
@@ -145,14 +147,14 @@ def _table(
             for o in options
         ]
     for name, choices in joint.groups.items():
-        held = _held(joint, name, picked, size, work)
+        held = _held(joint, name, picked, size, work, time)
         rest, at = joint.facts[name].resident_bytes, shrunk[name]
         table[name] = [
             Choice(
                 g.decision,
                 Effect(
                     round(held.size_bytes * (g.size / at.size - 1) - rest * (1 - g.size)),
-                    held.latency_ms * (g.work / max(at.work, 1e-12) - 1),
+                    held.latency_ms * (g.time / max(at.time, 1e-12) - 1),
                     round(held.peak_bytes * (g.size / at.size - 1) - rest * (1 - g.size)),
                     g.loss * scale,
                     round(held.macs * (g.work / max(at.work, 1e-12) - 1)),
@@ -169,13 +171,14 @@ def _held(
     picked: Mapping[str, Option],
     size: Mapping[str, float],
     work: Mapping[str, float],
+    time: Mapping[str, float],
 ) -> Effect:
     """What the weights of a group cost at the point."""
     sized = [n for n, gs in joint.sized_by.items() if group in gs]
     worked = [n for n, gs in joint.worked_by.items() if group in gs]
     return Effect(
         round(sum(picked[n].size_bytes * size[n] for n in sized)),
-        sum(picked[n].latency_ms * work[n] for n in worked),
+        sum(picked[n].latency_ms * time[n] for n in worked),
         round(sum(picked[n].resident_bytes * size[n] for n in sized)),
         0.0,
         round(sum(picked[n].macs * work[n] for n in worked)),
@@ -191,6 +194,6 @@ def _better(
         over = sum(
             max(0.0, getattr(c.effect, d) - cap) / max(abs(cap), 1e-9) for d, cap in caps.items() if math.isfinite(cap)
         )
-        return (0.0 if over < 0.02 else over, sum(weights.get(d, 0.0) * getattr(c.effect, d) for d in DIMENSIONS))
+        return (0.0 if over < 0.005 else over, sum(weights.get(d, 0.0) * getattr(c.effect, d) for d in DIMENSIONS))
 
     return now if best is None or rank(now) < rank(best) else best

@@ -140,7 +140,7 @@ def cut_only(
     """A copy of the model with these decisions carried out and nothing after: for counting. Raises TechniqueError."""
     result = surgery.copy_model(model)
     if decisions:
-        _apply(result, decisions, dataclasses.replace(ctx, cache={}), techniques)
+        _apply(result, decisions, ctx, techniques)
     return result
 
 

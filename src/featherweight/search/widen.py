@@ -17,18 +17,19 @@ from typing import Literal
 
 from featherweight.core import Attempt, Budget, Decision, Effect, Plan, Site
 from featherweight.errors import RunError, TechniqueError
-from featherweight.graph import io
+from featherweight.graph import cost, io
 from featherweight.graph.weights import weights
 from featherweight.search import bounds, curves, joint, loop, stage
 from featherweight.search.baseline import Baseline, base
 from featherweight.search.effects import SiteFacts, modelled_latency_ms
+from featherweight.search.joint import Chosen
 from featherweight.search.measured import announce, measure_plan
 from featherweight.search.options import Structure, structure_options, weight_options
 from featherweight.search.passes import Found, first_cap, searched, take, usable_table
 from featherweight.search.prepare import Ground, probed_gains, site_facts, staged, survey
 from featherweight.search.probe import child_distance
 from featherweight.search.problem import Problem, first_feeds
-from featherweight.search.solve import Choice
+from featherweight.search.solve import Choice, Dimension
 from featherweight.search.stage import Staged
 from featherweight.techniques import Context
 
@@ -36,6 +37,8 @@ from featherweight.techniques import Context
 MOST_STRUCTURES = 6
 CANDIDATES_EACH = 3
 MOST_FOR_A_FRONT = 3
+#: How often a proposal that is over the limit on operations is made anew.
+MOST_CORRECTIONS = 6
 #: Batches on which the noise of a changed structure is measured.
 NOISE_BATCHES = 32
 SMALLEST_STEP = 1.3
@@ -168,9 +171,7 @@ class Wider:
         caps = loop.caps_of(budget, self.base, self.found.correction)
         caps["loss"] = cap
         start = self.found.best.plan.by_site() if self.found.best else None
-        chosen = joint.propose(
-            self.joint, caps, loop.objective_weights(budget.minimize, self.base), scale=self.scale, start=start
-        )
+        chosen = self._proposed(budget, caps, start)
         if chosen is None:  # too little loss allowed for the other limits: as if met, so that the cap rises
             return "met" if math.isfinite(cap) else "nothing"
         decisions = stage.structure_part(Plan(chosen.decisions), self.problem.techniques)
@@ -191,6 +192,30 @@ class Wider:
             return "missed"
         met = self._numbers(trial, budget, cap, enough=enough, candidates=candidates)
         return "met" if met else "missed"
+
+    def _proposed(
+        self, budget: Budget, caps: dict[Dimension, float], start: Mapping[str, Decision] | None
+    ) -> Chosen | None:
+        """The best joint choice whose operations, counted on the model cut so, are within the limit.
+
+        What groups save together is a product, which the program adds up: so the limit is tightened by what was over.
+        """
+        weights = loop.objective_weights(budget.minimize, self.base)
+        for _ in range(MOST_CORRECTIONS):
+            chosen = joint.propose(self.joint, caps, weights, scale=self.scale, start=start)
+            if chosen is None or budget.max_macs is None:
+                return chosen
+            decisions = stage.structure_part(Plan(chosen.decisions), self.problem.techniques)
+            try:
+                techniques = self.problem.of_stage(structure=True)
+                model = stage.cut_only(self.problem.model, decisions, self._ctx(), techniques)
+            except TechniqueError:
+                return chosen  # building it says why
+            over = cost.costs(model, input_shapes=self.problem.shapes()).macs - budget.max_macs
+            if over <= 0:
+                return chosen
+            caps["macs"] = caps.get("macs", 0.0) - 1.1 * over
+        return None
 
     def _built(self, decisions: Sequence[Decision]) -> tuple[Staged, float] | None:
         """The structure and its measured output noise, or None after noting why it cannot be."""
