@@ -31,7 +31,7 @@ def example() -> Joint:
     }
     groups = {
         "g": [
-            GroupOption(Decision("g", () if keep == 1 else (Action.of("prune", keep=keep),)), keep, keep, loss)
+            GroupOption(Decision("g", () if keep == 1 else (Action.of("prune", keep=keep),)), keep, keep, loss, keep)
             for keep, loss in ((1, 0.0), (0.75, 0.02), (0.5, 0.06), (0.25, 0.3))
         ]
     }
@@ -103,3 +103,15 @@ def test_of_equal_options_the_first_stays_and_worse_ones_go():
     assert undominated([a, b, c]) == [a]
     d = option("w", 0.4, 0.3)
     assert undominated([c, a, d]) == [a, d]
+
+
+def test_a_width_off_the_kernels_multiple_costs_time_but_no_work():
+    joint = example()
+    odd = GroupOption(Decision("g", (Action.of("prune", keep=0.74),)), 0.74, 0.74, 0.02, 0.74 * 1.4)
+    joint.groups["g"].append(odd)
+    fast = propose(joint, {"loss": 0.03}, {"latency_ms": 1.0})
+    light = propose(joint, {"loss": 0.03}, {"macs": 1.0})
+    assert fast is not None
+    assert light is not None
+    assert fast.groups["g"].decision != odd.decision
+    assert light.groups["g"].decision == odd.decision

@@ -28,6 +28,8 @@ from featherweight.techniques import Context, Estimate, Technique
 #: figures of one core of a small CPU, deterministic on purpose as the rates in `effects`.
 NODE_MS = 0.004
 BYTES_PER_MS = 8e6
+#: Kernels work on blocks of so many channels; with another number a layer takes about so much longer.
+MULTIPLE, UNALIGNED = 8, 1.4
 #: Layers that a technique puts in the place of one, where it does not say itself (`factors`).
 USUAL_FACTORS = 2
 
@@ -50,12 +52,13 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class GroupOption:
-    """One decision at a group of channels: shares of bytes and work that are left, and the loss."""
+    """One decision at a group of channels: shares of bytes, work and time that are left, and the loss."""
 
     decision: Decision
     size: float
     work: float
     loss: float
+    time: float
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,8 @@ def structure_options(
         sites.setdefault(site.name, site)
         found = list(_estimated(model, technique, site, ctx))
         if site.kind == "channel_group":
-            options = groups.setdefault(site.name, [GroupOption(Decision(site.name), 1.0, 1.0, 0.0)])
-            options += [_group_option(d, e, site, gains) for d, e in found]
+            options = groups.setdefault(site.name, [GroupOption(Decision(site.name), 1.0, 1.0, 0.0, 1.0)])
+            options += [_group_option(d, e, site, gains, slowed(technique, model, site, d, ctx)) for d, e in found]
         else:
             useful = [(d, e, technique) for d, e in found if e.size_bytes < site.size_bytes or e.work < 1]
             factors.setdefault(site.name, []).extend(useful)
@@ -115,10 +118,20 @@ def _estimated(model: ir.Model, technique: Technique, site: Site, ctx: Context) 
     return found
 
 
-def _group_option(decision: Decision, e: Estimate, site: Site, gains: Mapping[str, float]) -> GroupOption:
+def _group_option(
+    decision: Decision, e: Estimate, site: Site, gains: Mapping[str, float], slower: float
+) -> GroupOption:
     usual = float(np.median(list(gains.values()))) if gains else 1.0
     loss = sum(max(noise, 0.0) * gains.get(name, usual) for name, noise in e.at) if e.at else max(e.noise, 0.0) * usual
-    return GroupOption(decision, e.size_bytes / max(site.size_bytes, 1), e.work, loss)
+    return GroupOption(decision, e.size_bytes / max(site.size_bytes, 1), e.work, loss, e.work * slower)
+
+
+def slowed(technique: Technique, model: ir.Model, site: Site, decision: Decision, ctx: Context) -> float:
+    """What a number of channels off the kernels' multiple costs the layers around it, as a factor on their time."""
+    count = getattr(technique, "channels", None)
+    if count is None:
+        return 1.0
+    return UNALIGNED if count(model, site, decision.actions[0], ctx) % MULTIPLE else 1.0
 
 
 def weight_options(

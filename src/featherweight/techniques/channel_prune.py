@@ -74,6 +74,11 @@ class ChannelPrune:
         work = after / before if before else 1.0
         return Estimate(int(size), sum(noise.values()), work, tuple(noise.items()))
 
+    def channels(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> int:
+        """Channels that stay where the group is widest: what the kernels' multiples are about."""
+        channels = _prune.analysis(model, ctx)
+        return int(action.get("keep", 0)) * int(channels.width(_prune.group_of(channels, site.name)))
+
     def apply(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> tuple[Site, ...]:
         """Remember the choice; `finish` cuts all groups at once."""
         found = _prune.ranked(model, _prune.group_of(_prune.analysis(model, ctx), site.name), ctx)
