@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -61,15 +61,19 @@ def prepare(original: ir.Model, reduced: ir.Model) -> tuple[list[Layer], list[No
     A layer is left out where nothing about it or its input changed, where its output has no counterpart of the same
     meaning in `original`, and (with a note) where its weight has several uses or is too large.
     """
-    theirs = {v.name: v for node in original.graph for v in node.outputs if v.name}
+    theirs = {v.name for node in original.graph for v in node.outputs if v.name}
     changed = changed_values(original, reduced)
     order = {node: i for i, node in enumerate(reduced.graph)}
     known = {w.name: w for w in weights(original)}
     found, notes = [], []
     listed = [w for w in weights(reduced) if w.main_use.node in order]
     for weight in sorted(listed, key=lambda w: order[w.main_use.node]):
-        layer, place = _layer(weight, theirs, changed, order)
-        if layer is None or place is None or _same(layer, weight, known.get(weight.name), changed):
+        layer, place = _layer(weight, theirs)
+        if layer is None or place is None:
+            continue
+        behind = _sum_behind(place.value)
+        beside = behind is not None and behind[0].name in changed
+        if not beside and _same(layer, weight, known.get(weight.name), changed):
             continue
         if len(weight.uses) > 1 or layer.k > LARGEST_K:
             why = "it is used in several places" if len(weight.uses) > 1 else f"its {layer.k} inputs are too many"
@@ -124,9 +128,7 @@ def _bodies(attribute: ir.Attr) -> list[ir.Graph]:
     return list(attribute.as_graphs()) if attribute.type == ir.AttributeType.GRAPHS else []
 
 
-def _layer(
-    weight: Weight, theirs: Mapping[str | None, ir.Value], changed: set[str], order: Mapping[ir.Node, int]
-) -> tuple[Layer | None, _Place | None]:
+def _layer(weight: Weight, theirs: Set[str]) -> tuple[Layer | None, _Place | None]:
     use = weight.main_use
     geometry = _geometry(weight, use)
     source, made = use.input_value, use.node.outputs[0]
@@ -136,19 +138,22 @@ def _layer(
     shown = made if place is None else place.value
     if shown.name not in theirs and made.name in theirs:
         place, shown = None, made
-    if shown.name not in theirs or (made.name not in changed and source.name not in changed):
+    if shown.name not in theirs:
         return None, None
     groups, out, k = weight.matrix_shape
     scale = _float(use.node, "alpha", 1.0) if use.role == "gemm" else 1.0
     factor = place.factor if place is not None else 1.0
     place = place or _Place(use.node, -1, made, 1.0)
     layer = Layer(
-        weight.name, source.name, made.name, shown.name, None, channels.kept(shown), None, factor, scale, geometry,
+        weight.name, source.name, made.name, shown.name or "", None, _kept(shown), None, factor, scale, geometry,
         groups, out, k,
     )  # fmt: skip
-    if layer.kept is not None:
-        layer = replace(layer, kept=(layer.kept[0], tuple(int(i) for i in layer.kept[1])))
     return layer, place
+
+
+def _kept(value: ir.Value) -> tuple[int, tuple[int, ...]] | None:
+    found = channels.kept(value)
+    return None if found is None else (found[0], tuple(int(i) for i in found[1]))
 
 
 def _geometry(weight: Weight, use: WeightUse) -> Geometry | None:
@@ -195,12 +200,14 @@ def _only_reader(value: ir.Value, op_type: str) -> tuple[ir.Node, int] | None:
     uses = list(value.uses())
     if len(uses) != 1 or value.is_graph_output():
         return None
-    node, index = uses[0].node, uses[0].idx
-    return (node, index) if node.op_type == op_type and node.graph is value.producer().graph else None  # type: ignore[union-attr]
+    node, index, maker = uses[0].node, uses[0].idx, value.producer()
+    return (node, index) if node.op_type == op_type and maker is not None and node.graph is maker.graph else None
 
 
 def _same(layer: Layer, weight: Weight, twin: Weight | None, changed: set[str]) -> bool:
     """True where the input is the original's and the weight is its rows that are left: nothing to do."""
+    if layer.made not in changed and layer.source not in changed:
+        return True
     if layer.source in changed or twin is None or twin.matrix_shape[2] != layer.k or layer.groups != 1:
         return False
     rows = twin.to_matrix(twin.array())[0]
@@ -237,25 +244,29 @@ def layer_weight_index(node: ir.Node) -> int:
     return 1 if len(node.inputs) > 1 and node.op_type != "Add" else 0
 
 
-def _with_residual(
-    model: ir.Model, layer: Layer, index: int, made_by: Mapping[str, int], theirs: Mapping[str | None, ir.Value]
-) -> Layer:
+def _with_residual(model: ir.Model, layer: Layer, index: int, made_by: Mapping[str, int], theirs: Set[str]) -> Layer:
     """The layer aiming at the sum that follows it, where that can be known when the layer is solved."""
     values = {v.name: v for node in model.graph for v in node.outputs}
-    adder = _only_reader(values[layer.target], "Add")
-    import os
-    if adder is None or os.environ.get('RRES')=='0':
+    behind = _sum_behind(values[layer.target])
+    if behind is None or behind[1].name not in theirs:
         return layer
-    node, at = adder
-    other, total = node.inputs[1 - at], node.outputs[0]
-    if other is None or not other.name or other.const_value is not None or total.name not in theirs:
-        return layer
+    other, total = behind
     # A later layer above the other operand would change it again.
     if any(made_by.get(name, -1) >= index for name in _above(other)):
         return layer
-    kept = channels.kept(total)
-    found = (kept[0], tuple(int(i) for i in kept[1])) if kept is not None else None
-    return replace(layer, target=total.name, other=other.name, kept=found)
+    return replace(layer, target=total.name or "", other=other.name or None, kept=_kept(total))
+
+
+def _sum_behind(value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+    """(Other operand, sum) where `value` goes nowhere but into a residual Add."""
+    adder = _only_reader(value, "Add")
+    if adder is None:
+        return None
+    node, at = adder
+    other = node.inputs[1 - at]
+    if other is None or not other.name or other.const_value is not None or not node.outputs[0].name:
+        return None
+    return other, node.outputs[0]
 
 
 def _above(value: ir.Value) -> set[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +12,10 @@ import numpy.typing as npt
 import onnx
 
 from featherweight.core import Note
-from featherweight.errors import DataError
-from featherweight.graph import io, shapes
+from featherweight.graph import io
 from featherweight.graph.weights import Weight, weights
 from featherweight.recover import rows
+from featherweight.recover.cuts import batches_of, plan_cuts, sizes_of
 from featherweight.recover.layers import Layer
 from featherweight.recover.segments import Parts
 from featherweight.recover.solve import RIDGES, Solution, Sums, solve
@@ -24,14 +24,10 @@ Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
 Values = dict[str, Array]
 
-import os
-ENERGY, ENERGY_SUM = (float(v) for v in os.environ.get('RENERGY','1,0').split(','))
 HELD_OUT = 4  # one of so many samples (or rows) chooses the ridge
 ROWS_PER_INPUT = 24  # rows wanted a column: more than enough for the solution, few enough to be quick
 LEAST_ROWS = 4096
 MOST_WORK = 3e11  # products a layer: wide layers get fewer rows
-LONGEST = 8  # layers in a segment before fewer samples are taken
-CUT_COST = 1.0 / (200 << 20)  # of keeping a byte at a cut, in layers run again
 
 
 @dataclass(frozen=True)
@@ -59,16 +55,24 @@ class _Batch:
     shape: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How to solve; see `recovered`."""
+
+    threads: int
+    seed: int
+    max_bytes: int
+    biases_only: bool
+    spread: bool
+    epochs: int
+
+
 def run_pass(
     original_path: str,
     reduced_path: str,
     dataset: Any,
     layers: Sequence[Layer],
-    threads: int,
-    seed: int,
-    max_bytes: int,
-    biases_only: bool,
-    epochs: int,
+    settings: Settings,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, Array], list[Solved], list[Note]]:
     """Solve all layers in order. Returns new arrays by initializer name, what was done, and notes.
@@ -77,33 +81,45 @@ def run_pass(
     """
     theirs, ours = Parts(onnx.load(original_path)), Parts(onnx.load(reduced_path))
     known = {w.name: w for w in weights(io.load(reduced_path))}
+    size = sizes_of(original_path, reduced_path, dataset)
     changed: dict[str, Array] = {}
     done: list[Solved] = []
     notes: list[Note] = []
-    for epoch in range(epochs):
-        state = _Pass(theirs, ours, list(layers), known, changed, threads, np.random.default_rng(seed + epoch))
-        state.biases_only = biases_only
-        size = _sizes(original_path, reduced_path, dataset)
-        cuts, most, note = plan_cuts(state, size, max_bytes)
+    for epoch in range(settings.epochs):
+        rng = np.random.default_rng(settings.seed + epoch)
+        state = _Pass(theirs, ours, layers, known, changed, settings, rng)
+        held = [size.of(*state.live(cut)) for cut in range(len(layers))]
+        cuts, most, note = plan_cuts(held, size.n, size.samples, settings.max_bytes)
         if note and not epoch:
             notes.append(Note("", note))
-        batches = _first(dataset, most)
-        if not batches:
-            raise DataError("solving weights anew needs at least one batch, but the dataset is empty; give it data")
-        done += state.run(batches, cuts, progress)
+        done += state.run(_first(dataset, most), cuts, progress)
     return changed, done, notes
+
+
+def _first(dataset: Any, most: int) -> list[_Batch]:
+    """Batches until `most` samples are there."""
+    found: list[_Batch] = []
+    taken = 0
+    for feeds, n in batches_of(dataset):
+        if taken >= most:
+            break
+        held = {name: np.asarray(x) for name, x in feeds.items()}
+        found.append(_Batch(n, dict(held), dict(held)))
+        taken += n
+    return found
 
 
 @dataclass
 class _Pass:
+    """Both models and the state of one pass."""
+
     theirs: Parts
     ours: Parts
-    layers: list[Layer]
+    layers: Sequence[Layer]
     known: Mapping[str, Weight]
     changed: dict[str, Array]
-    threads: int
+    settings: Settings
     rng: np.random.Generator
-    biases_only: bool = False
 
     def reach(self, cut: int) -> int:
         """Node of the original up to which it has run once layers before `cut` are solved."""
@@ -148,7 +164,7 @@ class _Pass:
         names = [self.layers[i].target for i in due]
         part = self.theirs.part([*names, *keep], batches[0].theirs)
         for batch in batches:
-            got = part.run(batch.theirs, threads=self.threads)
+            got = part.run(batch.theirs, threads=self.settings.threads)
             for i in due:
                 layer = self.layers[i]
                 y = _kept(got[layer.target], layer)
@@ -162,7 +178,7 @@ class _Pass:
         _, keep = self.live(cut)
         part = self.ours.part(keep, batches[0].ours)
         for batch in batches:
-            batch.ours = part.run(batch.ours, threads=self.threads) if keep else {}
+            batch.ours = part.run(batch.ours, threads=self.settings.threads) if keep else {}
 
     def _solve(self, batches: list[_Batch], index: int) -> Solved:
         layer = self.layers[index]
@@ -173,8 +189,14 @@ class _Pass:
         fit, held = self._sums(batches, index)
         if fit is None or held is None:
             return Solved(layer.weight, layer.target, 0.0, 0.0, 0.0, None, 0)
-        ridges = () if self.biases_only else RIDGES
-        found = solve(fit, held, matrix, bias, has_bias=layer.bias is not None, ridges=ridges, energy=ENERGY_SUM if layer.other else ENERGY)
+        free = not self.settings.biases_only
+        found = solve(
+            fit, held, matrix, bias,
+            has_bias=layer.bias is not None,
+            # A residual branch also answers for errors of the sum: its own spread says nothing about the signal's.
+            spread=self.settings.spread and free and layer.other is None,
+            ridges=RIDGES if free else (),
+        )  # fmt: skip
         self._store(layer, weight, found)
         every = fit.plus(held)
         _, _, spread = every.about(every.x / max(every.rows, 1), every.y / max(every.rows, 1))
@@ -208,7 +230,7 @@ class _Pass:
         seen = 0
         single = all(b.shape[index][0] == 1 for b in batches) and len(batches) < HELD_OUT
         for batch in batches:
-            got = part.run(batch.ours, threads=self.threads)
+            got = part.run(batch.ours, threads=self.settings.threads)
             at, shape = batch.at.pop(index), batch.shape.pop(index)
             x = rows.input_rows(layer.geometry, got[layer.source], at)
             y = batch.targets.pop(index)
@@ -235,103 +257,3 @@ def wanted_rows(layer: Layer, total: int) -> int:
 
 def _kept(y: Array, layer: Layer) -> Array:
     return y if layer.kept is None else np.take(y, layer.kept[1], axis=layer.kept[0])
-
-
-def plan_cuts(state: _Pass, size: Sizes, max_bytes: int) -> tuple[list[int], int, str]:
-    """Where to keep values between layers, how many samples to take, and a note if these are not all."""
-    count = len(state.layers)
-    one = [size.of(*state.live(cut)) for cut in range(count)]
-    samples = size.samples
-    while True:
-        cuts = _best_cuts([b * samples / size.n for b in one], max_bytes)
-        longest = max(b - a for a, b in itertools.pairwise(cuts))
-        if longest <= LONGEST and one[0] * samples / size.n <= max_bytes or samples <= 32:
-            break
-        samples = max(samples // 2, 32)
-    note = ""
-    if samples < size.samples:
-        note = f"weights were solved anew from {samples} of {size.samples} samples: more do not fit into {max_bytes} B"
-    return cuts, samples, note
-
-
-def _best_cuts(held: Sequence[float], max_bytes: int) -> list[int]:
-    """Cuts with the least work; held[i]: bytes kept at a cut before layer i. A segment of n layers costs n (n+1) / 2."""
-    count = len(held)
-    cost, back = [0.0] + [float("inf")] * count, [0] * (count + 1)
-    for b in range(1, count + 1):
-        price = held[b] * CUT_COST if b < count else 0.0
-        if b < count and held[b] > max_bytes:
-            continue
-        for a in range(b):
-            length = b - a
-            new = cost[a] + length * (length + 1) / 2 + price
-            if new < cost[b]:
-                cost[b], back[b] = new, a
-    cuts = [count]
-    while cuts[-1]:
-        cuts.append(back[cuts[-1]])
-    return cuts[::-1]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes of every value of both models for the first batch of `n` samples; `samples`: of the whole dataset."""
-
-    theirs: Mapping[str, int]
-    ours: Mapping[str, int]
-    n: int
-    samples: int
-
-    def of(self, theirs: Sequence[str], ours: Sequence[str]) -> float:
-        """Bytes of these values together; one of unknown size counts as the largest that is known."""
-        most = max(*self.theirs.values(), *self.ours.values())
-        return float(sum(self.theirs.get(n, most) for n in theirs) + sum(self.ours.get(n, most) for n in ours))
-
-
-def _sizes(original_path: str, reduced_path: str, dataset: Any) -> Sizes:
-    first, n, samples = None, 0, 0
-    for feeds, count in batches_of(dataset):
-        if first is None:
-            first, n = feeds, count
-        samples += count
-    if first is None:
-        raise DataError("solving weights anew needs at least one batch, but the dataset is empty; give it data")
-    given = {name: tuple(int(d) for d in np.shape(x)) for name, x in first.items()}
-    sizes = []
-    for path in (original_path, reduced_path):
-        known = shapes.infer(io.load(path), given)
-        found = {name: int(np.asarray(x).nbytes) for name, x in first.items()}
-        for name, k in known.items():
-            size = _bytes(k)
-            if size is not None:
-                found.setdefault(name, size)
-        sizes.append(found)
-    return Sizes(sizes[0], sizes[1], max(n, 1), samples)
-
-
-def _bytes(known: shapes.Known) -> int | None:
-    sizes = known.sizes
-    return None if sizes is None else int(np.prod(sizes, dtype=np.int64)) * 4
-
-
-def _first(dataset: Any, most: int) -> list[_Batch]:
-    """Batches until `most` samples are there."""
-    found: list[_Batch] = []
-    taken = 0
-    for feeds, n in batches_of(dataset):
-        if taken >= most:
-            break
-        held = {name: np.asarray(x) for name, x in feeds.items()}
-        found.append(_Batch(n, dict(held), dict(held)))
-        taken += n
-    return found
-
-
-def batches_of(dataset: Any) -> Iterator[tuple[Mapping[str, Array], int]]:
-    """Feeds by input name and samples of each batch."""
-    items = dataset.batches() if hasattr(dataset, "batches") else dataset
-    for item in items:
-        if isinstance(item, Mapping):
-            yield item, max((int(np.shape(v)[0]) for v in item.values() if np.ndim(v)), default=1)
-        else:
-            yield item.feeds, item.n

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from featherweight.core import Note
 from featherweight.graph import io, surgery
 from featherweight.recover.layers import prepare
-from featherweight.recover.passes import Solved, run_pass
+from featherweight.recover.passes import Settings, Solved, run_pass
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,14 @@ def recover(
     seed: int = 0,
     max_bytes: int = 2 << 30,
     biases_only: bool = False,
+    spread: bool = True,
     epochs: int = 1,
     progress: Any = None,
 ) -> ir.Model:
     """`reduced`, in place, with the weights of its changed layers solved anew; see `recovered`."""
     return recovered(
         original, reduced, dataset, worker=worker, threads=threads, seed=seed, max_bytes=max_bytes,
-        biases_only=biases_only, epochs=epochs, progress=progress,
+        biases_only=biases_only, spread=spread, epochs=epochs, progress=progress,
     ).model  # fmt: skip
 
 
@@ -54,6 +55,7 @@ def recovered(
     seed: int = 0,
     max_bytes: int = 2 << 30,
     biases_only: bool = False,
+    spread: bool = True,
     epochs: int = 1,
     progress: Any = None,
 ) -> Recovered:
@@ -69,6 +71,7 @@ def recovered(
         seed: of the drawing of rows.
         max_bytes: of values of both models kept at a time; fewer samples are taken where they do not fit.
         biases_only: leave the weights and correct only the biases.
+        spread: scale outputs (not of residual branches) to vary as the original's do: least squares lets signals fade.
         epochs: passes over all layers.
         progress: called as (layers done, layers).
 
@@ -83,7 +86,7 @@ def recovered(
         paths = [str(Path(folder) / name) for name in ("original.onnx", "reduced.onnx")]
         io.save(original, paths[0])
         io.save(reduced, paths[1])
-        job = (*paths, dataset, layers, threads, seed, max_bytes, biases_only, epochs)
+        job = (*paths, dataset, layers, Settings(threads, seed, max_bytes, biases_only, spread, epochs))
         arrays, solved, more = _run(worker, job, progress)
     stored = reduced.graph.initializers
     for name, array in arrays.items():

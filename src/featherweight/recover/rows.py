@@ -45,7 +45,7 @@ def samples(geometry: Geometry, y_shape: tuple[int, ...], at: I64) -> I64:
 
 
 def output_rows(geometry: Geometry, y: Array, at: I64) -> F32:
-    """y of one batch -> (groups, n, out)."""
+    """Output of one batch -> (groups, n, out)."""
     if geometry.window is not None:
         n, c = y.shape[:2]
         taken = y.reshape(n, geometry.groups, c // geometry.groups, -1)[..., at]
@@ -55,7 +55,7 @@ def output_rows(geometry: Geometry, y: Array, at: I64) -> F32:
 
 
 def input_rows(geometry: Geometry, x: Array, at: I64) -> F32:
-    """x of one batch -> (groups, n, k), k in the order of Weight.to_matrix. Padding reads 0."""
+    """Input of one batch -> (groups, n, k), k in the order of Weight.to_matrix. Padding reads 0."""
     if geometry.window is None:
         rows = np.swapaxes(x, -1, -2) if geometry.role == "matmul_left" or geometry.flip else x
         return _f32(rows.reshape(-1, rows.shape[-1])[at])[None]

@@ -16,7 +16,7 @@ F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
-MOST_GAIN = 2.0
+LEAST_GAIN, MOST_GAIN = 1e-3, 2.0  # by which an output is scaled to vary as its target does
 CHUNK_ROWS = 8192  # rows multiplied in float32 before they are added to the float64 total
 
 
@@ -34,7 +34,7 @@ class Sums:
     yy: F64
     x: F64
     y: F64
-    rows: int = 0
+    rows: int
 
     @classmethod
     def start(cls, x: F32, y: F32, *, centred: bool) -> Sums:
@@ -45,13 +45,14 @@ class Sums:
         x, y = _finite(x, y)
         if centred and x.shape[1]:
             x_shift, y_shift = x.mean(axis=1, keepdims=True), y.mean(axis=1, keepdims=True)
-        zeros = [np.zeros(s) for s in ((g, k, k), (g, o, k), (g, o), (g, k), (g, o))]
-        return cls(x_shift, y_shift, *zeros)
+        sums = (np.zeros((g, k, k)), np.zeros((g, o, k)), np.zeros((g, o)), np.zeros((g, k)), np.zeros((g, o)))
+        return cls(x_shift, y_shift, *sums, 0)
 
     def empty(self) -> Sums:
         """Sums of no rows with the same shifts."""
-        zeros = [np.zeros_like(a) for a in (self.xx, self.yx, self.yy, self.x, self.y)]
-        return Sums(self.x_shift, self.y_shift, *zeros)
+        g, o, k = self.yx.shape
+        sums = (np.zeros((g, k, k)), np.zeros((g, o, k)), np.zeros((g, o)), np.zeros((g, k)), np.zeros((g, o)))
+        return Sums(self.x_shift, self.y_shift, *sums, 0)
 
     def add(self, x: F32, y: F32) -> None:
         """Add rows; those with a NaN or infinity are left out."""
@@ -67,8 +68,10 @@ class Sums:
 
     def plus(self, other: Sums) -> Sums:
         """Both together; they must have the same shifts."""
-        pairs = [getattr(self, n) + getattr(other, n) for n in ("xx", "yx", "yy", "x", "y")]
-        return Sums(self.x_shift, self.y_shift, *pairs, self.rows + other.rows)
+        return Sums(
+            self.x_shift, self.y_shift, self.xx + other.xx, self.yx + other.yx, self.yy + other.yy,
+            self.x + other.x, self.y + other.y, self.rows + other.rows,
+        )  # fmt: skip
 
     def about(self, x_mean: F64, y_mean: F64) -> tuple[F64, F64, F64]:
         """Mean xx, yx, yy of the rows less x_mean (g, k), y_mean (g, o), which are relative to the shifts."""
@@ -104,13 +107,14 @@ class Solution:
 
 
 def solve(
-    fit: Sums, held: Sums, matrix: F32, bias: F32, *, has_bias: bool, ridges: Sequence[float] = RIDGES,
-    energy: float = 0.0,
-) -> Solution:
+    fit: Sums, held: Sums, matrix: F32 | F64, bias: F32 | F64, *, has_bias: bool, spread: bool = False,
+    ridges: Sequence[float] = RIDGES,
+) -> Solution:  # fmt: skip
     """The weights and bias that bring the layer nearest to its target.
 
     `matrix` (g, o, k), `bias` (g, o): those it has now. `held` chooses the ridge; the answer is then fitted to all
     rows. Weights that do not lower the error there stay, as does the bias. No `ridges`: only the bias is solved.
+    `spread`: outputs are scaled to vary as their targets do (see `_lively`).
     """
     start, old = matrix.astype(np.float64), bias.astype(np.float64)
     if not fit.rows or not held.rows:
@@ -132,20 +136,22 @@ def solve(
         if error < after:
             best, after = _Choice(moved, _absolute(fit, moved, shift), ridge), error
     found = _on_all_rows(fit.plus(held), start, best, before, after, has_bias)
-    return _lively(fit.plus(held), found, energy) if has_bias and energy else found
+    return _lively(fit.plus(held), found) if has_bias and spread else found
 
 
-def _lively(sums: Sums, found: Solution, energy: float) -> Solution:
+def _lively(sums: Sums, found: Solution) -> Solution:
     """Outputs scaled so that each varies as much as its target does.
 
     Least squares on inputs with errors predicts less than there is (attenuation); layer after layer the signal would
-    fade. Matching the spread costs little error and keeps it (as Jordan 2023, arXiv:2211.08403, does for biases of
-    averaged networks).
+    fade. Matching the spread costs little error and keeps it (Jordan 2023, arXiv:2211.08403, for merged networks).
     """
     n = max(sums.rows, 1)
     xx, _, yy = sums.about(sums.x / n, sums.y / n)
     own = np.einsum("gok,gok->go", found.matrix @ xx, found.matrix)
-    factor = np.clip(np.sqrt(np.maximum(yy, 0) / np.maximum(own, 1e-30)), 1.0, MOST_GAIN) ** energy
+    factor = np.clip(np.sqrt(np.maximum(yy, 0) / np.maximum(own, 1e-30)), 1.0, MOST_GAIN)
+    factor[(factor < 1 + LEAST_GAIN) | ~np.isfinite(factor)] = 1.0
+    if (factor == 1.0).all():
+        return found
     matrix = found.matrix * factor[:, :, None]
     bias = _absolute(sums, matrix, _free_bias(sums, matrix))
     return Solution(matrix, bias, found.before, found.after, found.ridge)
@@ -158,9 +164,7 @@ class _Choice:
     ridge: float | None
 
 
-def _on_all_rows(
-    every: Sums, start: F64, best: _Choice, before: float, after: float, has_bias: bool
-) -> Solution:
+def _on_all_rows(every: Sums, start: F64, best: _Choice, before: float, after: float, has_bias: bool) -> Solution:
     if after >= before:
         return Solution(best.matrix, best.bias, before, after, None)
     matrix: F64 | None = best.matrix
@@ -213,11 +217,16 @@ def _free_bias(sums: Sums, matrix: F64) -> F64:
 
 def _relative(sums: Sums, matrix: F64, bias: F64) -> F64:
     """`bias` for inputs and outputs less the shifts."""
-    return np.asarray(bias - sums.y_shift[:, 0] + np.einsum("gok,gk->go", matrix, sums.x_shift[:, 0].astype(np.float64)))
+    return np.asarray(bias - _of_shifts(sums, matrix))
 
 
 def _absolute(sums: Sums, matrix: F64, bias: F64) -> F64:
-    return np.asarray(bias + sums.y_shift[:, 0] - np.einsum("gok,gk->go", matrix, sums.x_shift[:, 0].astype(np.float64)))
+    return np.asarray(bias + _of_shifts(sums, matrix))
+
+
+def _of_shifts(sums: Sums, matrix: F64) -> F64:
+    """What the layer's target has more than its answer to the shifts."""
+    return np.asarray(sums.y_shift[:, 0] - np.einsum("gok,gk->go", matrix, sums.x_shift[:, 0].astype(np.float64)))
 
 
 def _error(sums: Sums, matrix: F64, bias: F64) -> float:
