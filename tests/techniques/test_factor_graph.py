@@ -29,6 +29,7 @@ from featherweight.techniques import (
     get,
     low_rank,
 )
+from featherweight.testing import graphs
 
 PROFILE = Profile("p", "x86_64", 1, 1 << 30, False)
 METHODS = {m.METHOD.name: m.METHOD for m in (low_rank, conv_tucker, conv_cp, conv_spatial, conv_depthwise_separable)}
@@ -170,6 +171,11 @@ MATRICES = {
     "turned": (
         "g (float[N, 12] x) => (float[N, 9] y) { t = Transpose(w) [layer] y = MatMul(x, t) }", (9, 12), (4, 12),
     ),
+    "turned twice": (
+        """g (float[N, 12] x) => (float[N, 9] y) {
+          i = Identity(w) t = Transpose(i) u = Transpose(t) [layer] y = MatMul(x, u) }""",
+        (12, 9), (4, 12),
+    ),
     "turned gemm": (
         "g (float[N, 12] x) => (float[N, 9] y) { t = Transpose<perm = [1, 0]>(w) [layer] y = Gemm(x, t, b) }",
         (9, 12), (4, 12),
@@ -194,7 +200,7 @@ def test_matrices_in_every_position_are_replaced_exactly(kind: str, seen: bool) 
     ctx = Context(PROFILE, collect(model, [feed], seed=0) if seen else None)
     for name in METHODS if "Conv" in text else ("low_rank",):
         work = check_same(model, name, exact_params(name, model), feed, ctx)
-        assert not any(n.op_type == "Transpose" for n in work.graph)
+        assert not any(n.op_type in ("Transpose", "Identity") for n in work.graph)
         assert "w" not in work.graph.initializers
         kept = next(n for n in work.graph if n.name == "layer")
         assert kept.outputs[0].name == "y"
@@ -255,6 +261,26 @@ def test_what_cannot_be_taken_apart_says_why(kind: str) -> None:
     assert any(why in note.text for note in ctx.notes), ctx.notes
     with pytest.raises(TechniqueError, match=why):
         technique.apply(model, site, Action.of("low_rank", rank=2), ctx)
+
+
+def test_sites_are_those_of_other_techniques_and_of_the_right_kind() -> None:
+    small = graphs.build("convolutions").model
+    listed = {s.name: s for s in get("weight_nbit").sites(small)}
+    assert [s.name for s in get("low_rank").sites(small)] == list(listed)
+    for name in METHODS:
+        assert all(listed[s.name] == s for s in get(name).sites(small))
+    assert [s.name for s in get("conv_tucker").sites(small)] == ["w1", "w2", "w4"]
+    recurrent = graphs.build("recurrent").model
+    assert list(get("low_rank").sites(recurrent)) == []
+
+
+def test_every_kind_of_site_without_an_option_says_no_gain() -> None:
+    small = graphs.build("convolutions").model
+    for name in METHODS:
+        ctx = Context(PROFILE)
+        empty = [s.name for s in get(name).sites(small) if not list(get(name).options(small, s, ctx))]
+        assert {n.where for n in ctx.notes} == set(empty)
+        assert all("no gain" in n.text for n in ctx.notes)
 
 
 def exact_rank_model(rank: int = 4, dtype: Any = np.float32) -> tuple[ir.Model, Feed]:

@@ -18,8 +18,8 @@ from featherweight.techniques._factor import F64, Moments, onto, pair, triangula
 JOINT = 1024
 ROUNDS = 4
 #: Products that all alternating least-squares rounds of one CP decomposition may take, and rounds at most and least.
-CP_PRODUCTS = 4e9
-CP_ROUNDS = (40, 5)
+CP_PRODUCTS = 2e9
+CP_ROUNDS = (30, 5)
 
 
 def channel_moments(C: Moments, channels: int) -> Moments:
@@ -113,7 +113,7 @@ def refined_depthwise(W: F64, C: Moments, filters: F64) -> F64:
 
 def cp_rounds(size: int, rank: int) -> int:
     """Rounds that a CP decomposition of a kernel of `size` values may take; 0: too large."""
-    rounds = int(CP_PRODUCTS / (4.0 * size * rank))
+    rounds = int(CP_PRODUCTS / (2.0 * size * rank))
     return 0 if rounds < CP_ROUNDS[1] else min(rounds, CP_ROUNDS[0])
 
 
@@ -148,25 +148,49 @@ def cp_inner(mixtures: F64, filters: Sequence[F64]) -> F64:
 
 
 def alternating(T: F64, rank: int, rounds: int, seed: int) -> list[F64]:
-    """Factors (size of mode, rank) of the tensor T whose sum of rank-1 terms is near T; unit columns but in mode 0."""
+    """Factors (size of mode, rank) of the tensor T whose sum of rank-1 terms is near T; unit columns but in mode 0.
+
+    Mode 0 is contracted once a round for all others, so that a round takes two products with T.
+    """
     rng = np.random.default_rng(seed)
-    unfolded = [np.moveaxis(T, mode, 0).reshape(T.shape[mode], -1) for mode in range(T.ndim)]
     factors = []
-    for flat in unfolded:
+    for mode, size in enumerate(T.shape):
+        flat = np.moveaxis(T, mode, 0).reshape(size, -1)
         leading = np.linalg.eigh(flat @ flat.T)[1][:, ::-1][:, :rank]
-        more = rng.normal(size=(len(flat), max(rank - leading.shape[1], 0)))
+        more = rng.normal(size=(size, max(rank - leading.shape[1], 0)))
         factors.append(_unit(np.concatenate([leading, more], axis=1)))
+    flat = T.reshape(len(T), -1)
     for _ in range(max(rounds, 1)):
-        for mode in [*range(1, T.ndim), 0]:
-            others = [factors[m] for m in range(T.ndim) if m != mode]
-            gram = np.prod([f.T @ f for f in others], axis=0)
-            spread = others[0]
-            for f in others[1:]:
-                spread = (spread[:, None] * f[None]).reshape(-1, rank)
-            ridge = 1e-8 * np.trace(gram) / rank + 1e-30
-            fresh = np.linalg.solve(gram + ridge * np.eye(rank), (unfolded[mode] @ spread).T).T
-            factors[mode] = fresh if mode == 0 else _unit(fresh)
+        seen = (flat.T @ factors[0]).reshape(*T.shape[1:], rank)
+        factors[1] = _unit(_updated(factors, 1, _contracted(seen, factors[1:], 0)))
+        seen = np.einsum("c...r,cr->...r", seen, factors[1])
+        for mode in range(2, T.ndim):
+            factors[mode] = _unit(_updated(factors, mode, _contracted(seen, factors[2:], mode - 2)))
+        spread = factors[1]
+        for other in factors[2:]:
+            spread = (spread[:, None] * other[None]).reshape(-1, rank)
+        factors[0] = _updated(factors, 0, flat @ spread)
     return factors
+
+
+def _contracted(seen: F64, factors: Sequence[F64], keep: int) -> F64:
+    """`seen` (sizes of the factors, rank) summed over all modes but `keep`, each term with its column."""
+    for mode in reversed(range(len(factors))):
+        if mode != keep:
+            moved = np.moveaxis(seen, mode, -2)
+            seen = np.einsum("...nr,nr->...r", moved, factors[mode])
+    return seen
+
+
+def _updated(factors: Sequence[F64], mode: int, product: F64) -> F64:
+    """The best factor of one mode, the others given: product (size, rank) times the inverse of their Gram matrix."""
+    rank = product.shape[1]
+    gram = np.ones((rank, rank))
+    for other, factor in enumerate(factors):
+        if other != mode:
+            gram *= factor.T @ factor
+    ridge = 1e-8 * np.trace(gram) / rank + 1e-30
+    return np.asarray(np.linalg.solve(gram + ridge * np.eye(rank), product.T).T)
 
 
 def _unit(columns: F64) -> F64:

@@ -148,21 +148,33 @@ def replace(
     namer = surgery.Namer(model)
     stored = [_store(weight, array, namer(f"{weight.name}.factor{i}")) for i, array in enumerate(arrays)]
     nodes: list[list[str]] = [[] for _ in arrays]
-    layouts = [node for use in weight.uses for node in use.layout]
+    read = [use.node.inputs[use.index] for use in weight.uses]
     for use in weight.uses:
         prefix = use.path.removesuffix(use.node.name or use.node.op_type)
         for i, path in enumerate(_rewire(use, stored, links(use), namer)):
             nodes[i].append(prefix + path)
-    for node in reversed(layouts):
-        if node.graph is not None and not any(list(o.uses()) or o.is_graph_output() for o in node.outputs):
-            surgery.remove_node(node)
-    if not list(weight.value.uses()) and not weight.value.is_graph_output():
-        surgery.remove_initializer(weight.value)
+    for value in read:
+        _drop(value)
     return tuple(
         Site(value.name or "", "weight", (value.name or "",), tuple(where), array.size * value_bytes(weight))
         for value, where, array in zip(stored, nodes, arrays, strict=True)
         if array.size >= _place.MIN_ELEMENTS
     )
+
+
+def _drop(value: ir.Value | None) -> None:
+    """Remove a value that nobody reads any more, and what only it was made from."""
+    while value is not None and not list(value.uses()) and not value.is_graph_output():
+        node = value.producer()
+        if node is None:
+            if value.is_initializer():
+                surgery.remove_initializer(value)
+            return
+        if node.graph is None:
+            return
+        source = node.inputs[0] if node.inputs else None
+        surgery.remove_node(node)
+        value = source
 
 
 def _store(weight: Weight, array: F32, name: str) -> ir.Value:

@@ -11,7 +11,7 @@ it the milder ones are offered too: what they cost in the whole model is for the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from featherweight.core import Action, Scalar, Site
 from featherweight.errors import TechniqueError
-from featherweight.graph.weights import Role, Weight, WeightUse
+from featherweight.graph.weights import Role, Weight, WeightUse, weights
 from featherweight.techniques import _absorb, _factor_graph, _noise, _place
 from featherweight.techniques._factor import Moments, steadied
 from featherweight.techniques._factor_graph import Link
@@ -76,13 +76,15 @@ class Solved:
 class Method:
     """One decomposition: names of its parameters, where it applies, its candidates, their errors, the factors.
 
-    `why`: why a weight has none ('' if it may); `propose`: parameters worth a look; `shapes`: of the factors;
-    `errors`: tr(dW C dW^T) of each; `solve`: the factors; `links`: the layers at one use.
+    `kernels`: only for kernels of more than one position; `why`: why a weight has no factors ('' if it may);
+    `propose`: parameters worth a look; `shapes`: of the factors; `errors`: tr(dW C dW^T) of each; `solve`: the
+    factors; `links`: the layers at one use.
     """
 
     name: str
     params: tuple[str, ...]
     roles: frozenset[Role]
+    kernels: bool
     why: Callable[[Weight], str]
     propose: Callable[[Layer], Sequence[Params]]
     shapes: Callable[[Layer, Params], Sequence[tuple[int, ...]]]
@@ -92,11 +94,11 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One option with what it costs."""
+class Ranked:
+    """What each option of one weight costs, and the noise of the weight in BASE_BITS."""
 
-    params: Params
-    estimate: Estimate
+    estimates: dict[Params, Estimate]
+    rounding: float
 
 
 def ladder(most: int) -> list[int]:
@@ -107,6 +109,18 @@ def ladder(most: int) -> list[int]:
         rank = most * TOP * (LEAST / TOP) ** (i / (STEPS - 1))
         found.append(max(int(rank) // unit * unit, min(unit, most)))
     return sorted({r for r in found if r >= 1}, reverse=True)
+
+
+def sites(method: Method, model: ir.Model) -> Iterator[Site]:
+    """Those weight sites (`_place.sites`) that are of the kind that the method takes apart."""
+    known = {w.name: w for w in weights(model)}
+    for site in _place.sites(model):
+        if any(use.role in method.roles and _wide(known[site.name], use, method) for use in known[site.name].uses):
+            yield site
+
+
+def _wide(weight: Weight, use: WeightUse, method: Method) -> bool:
+    return not method.kernels or math.prod(weight.seen_shape(use)[2:]) > 1
 
 
 def reason(method: Method, weight: Weight, ctx: Context) -> str:
@@ -187,10 +201,11 @@ def worth(noise: float, share: float, work: float, rounding: float) -> bool:
     return bool(noise <= min(price, MOST_NOISE))
 
 
-def candidates(method: Method, model: ir.Model, weight: Weight, ctx: Context) -> dict[Params, Candidate]:
+def candidates(method: Method, model: ir.Model, weight: Weight, ctx: Context) -> Ranked:
     """Every option that saves bytes or operations, with its estimate; made once a weight."""
     key = (method.name, ctx.stats.key if ctx.stats else "", weight.name, weight.shape)
-    if key not in ctx.cache:
+    cached = ctx.cache.get(key)
+    if cached is None or cached[0] is not model:
         of = layer(weight, ctx)
         saving = []
         for params in method.propose(of):
@@ -199,13 +214,12 @@ def candidates(method: Method, model: ir.Model, weight: Weight, ctx: Context) ->
                 saving.append((params, size, work))
         errors = method.errors(of, [s[0] for s in saving]) if saving else []
         found = {
-            params: Candidate(params, Estimate(size, _relative(error, of), work))
+            params: Estimate(size, _relative(error, of), work)
             for (params, size, work), error in zip(saving, errors, strict=True)
         }
-        ctx.cache[key] = found
-        ctx.cache[*key, "rounding"] = four_bits(of) if found else 0.0
-    known: dict[Params, Candidate] = ctx.cache[key]
-    return known
+        cached = ctx.cache[key] = (model, Ranked(found, four_bits(of) if found else 0.0))
+    ranked: Ranked = cached[1]
+    return ranked
 
 
 def _relative(error: float, of: Layer) -> float:
@@ -228,24 +242,14 @@ def options(method: Method, model: ir.Model, site: Site, ctx: Context) -> list[A
         ctx.note(site.name, why)
         return []
     known = candidates(method, model, weight, ctx)
-    if not known:
+    if not known.estimates:
         ctx.note(site.name, f"no gain: {method.name} saves neither bytes nor operations at any rank")
         return []
-    rounding = ctx.cache[method.name, ctx.stats.key if ctx.stats else "", weight.name, weight.shape, "rounding"]
-    fine = [
-        c
-        for c in known.values()
-        if worth(c.estimate.noise, c.estimate.size_bytes / max(weight.size_bytes, 1), c.estimate.work, rounding)
-    ]
-    found = [c.params for c in known.values() if fine and c.estimate.noise <= MOST_NOISE]
-    if not found:
-        best = min(known.values(), key=lambda c: c.estimate.noise).estimate
-        saved = max(1 - best.size_bytes / max(weight.size_bytes, 1), 0.0)
-        ctx.note(
-            site.name,
-            f"no gain: {method.name} loses {best.noise:.2g} of the output to save {max(1 - best.work, 0.0):.0%} of the "
-            f"operations and {saved:.0%} of the bytes; fewer bits lose less",
-        )
+    size = max(weight.size_bytes, 1)
+    if not any(worth(e.noise, e.size_bytes / size, e.work, known.rounding) for e in known.estimates.values()):
+        ctx.note(site.name, f"no gain: {method.name} loses more at every rank than fewer bits would for what it saves")
+        return []
+    found = [params for params, e in known.estimates.items() if e.noise <= MOST_NOISE]
     return [Action.of(method.name, **dict(zip(method.params, params, strict=True))) for params in found]
 
 
@@ -253,13 +257,13 @@ def estimate(method: Method, model: ir.Model, site: Site, action: Action, ctx: C
     """Bytes, noise and work of one option."""
     weight = ctx.weight(model, site.name)
     params = _params(method, action)
-    known = candidates(method, model, weight, ctx)
+    known = candidates(method, model, weight, ctx).estimates
     if params not in known:
         _refuse(method, weight, ctx)
         of = layer(weight, ctx)
         size, work = _costs(method, model, of, params, ctx)
-        known[params] = Candidate(params, Estimate(size, _relative(method.errors(of, [params])[0], of), work))
-    return known[params].estimate
+        known[params] = Estimate(size, _relative(method.errors(of, [params])[0], of), work)
+    return known[params]
 
 
 def apply(method: Method, model: ir.Model, site: Site, action: Action, ctx: Context) -> tuple[Site, ...]:

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from featherweight.core import Action, Site, Stage
 from featherweight.graph.weights import Weight, WeightUse
-from featherweight.techniques import _factor_conv, _factor_site, _place
+from featherweight.techniques import _factor_conv, _factor_site
 from featherweight.techniques._factor import F64, onto, spread
 from featherweight.techniques._factor_graph import Link, conv_link, point_link, window
 from featherweight.techniques._factor_site import Layer, Method, Params, Solved
@@ -23,7 +23,7 @@ from featherweight.techniques._protocol import Context, Estimate, Technique
 
 
 class ConvCp:
-    """See the module's text. Sites are all stored float weights, in sub-graphs too; options are for Conv."""
+    """See the module's text. Sites are the stored kernels of Conv of more than one position, in sub-graphs too."""
 
     name: ClassVar[str] = "conv_cp"
     stage: ClassVar[Stage] = "structure"
@@ -31,8 +31,8 @@ class ConvCp:
     factors: ClassVar[int] = 4
 
     def sites(self, model: ir.Model) -> Iterable[Site]:
-        """Every weight that is worth encoding."""
-        return _place.sites(model)
+        """Every kernel of more than one position."""
+        return _factor_site.sites(METHOD, model)
 
     def options(self, model: ir.Model, site: Site, ctx: Context) -> Iterable[Action]:
         """Up to four ranks below the break-even."""
@@ -120,5 +120,5 @@ def _links(weight: Weight, params: Params) -> Callable[[WeightUse], Sequence[Lin
     return links
 
 
-METHOD = Method("conv_cp", ("rank",), frozenset({"conv"}), _why, _propose, _shapes, _errors, _solve, _links)
+METHOD = Method("conv_cp", ("rank",), frozenset({"conv"}), True, _why, _propose, _shapes, _errors, _solve, _links)
 TECHNIQUE: Technique = ConvCp()

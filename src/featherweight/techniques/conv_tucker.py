@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from featherweight.core import Action, Site, Stage
 from featherweight.graph.weights import Weight, WeightUse
-from featherweight.techniques import _factor_conv, _factor_site, _place
+from featherweight.techniques import _factor_conv, _factor_site
 from featherweight.techniques._factor import F64, Onto, Pair, onto, pair, tail
 from featherweight.techniques._factor_graph import Link, conv_link, point_link, window
 from featherweight.techniques._factor_site import Layer, Method, Params, Solved, ladder
@@ -24,7 +24,7 @@ from featherweight.techniques._protocol import Context, Estimate, Technique
 
 
 class ConvTucker:
-    """See the module's text. Sites are all stored float weights, in sub-graphs too; options are for Conv."""
+    """See the module's text. Sites are the stored kernels of Conv of more than one position, in sub-graphs too."""
 
     name: ClassVar[str] = "conv_tucker"
     stage: ClassVar[Stage] = "structure"
@@ -32,8 +32,8 @@ class ConvTucker:
     factors: ClassVar[int] = 3
 
     def sites(self, model: ir.Model) -> Iterable[Site]:
-        """Every weight that is worth encoding."""
-        return _place.sites(model)
+        """Every kernel of more than one position."""
+        return _factor_site.sites(METHOD, model)
 
     def options(self, model: ir.Model, site: Site, ctx: Context) -> Iterable[Action]:
         """About six pairs of ranks: for each share of the bytes the pair with the least error."""
@@ -163,6 +163,6 @@ def _links(weight: Weight, params: Params) -> Callable[[WeightUse], Sequence[Lin
 
 
 METHOD = Method(
-    "conv_tucker", ("in_rank", "out_rank"), frozenset({"conv"}), _why, _propose, _shapes, _errors, _solve, _links
+    "conv_tucker", ("in_rank", "out_rank"), frozenset({"conv"}), True, _why, _propose, _shapes, _errors, _solve, _links
 )
 TECHNIQUE: Technique = ConvTucker()

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from featherweight.core import Action, Site, Stage
 from featherweight.graph.weights import Weight, WeightUse
-from featherweight.techniques import _factor_site, _place
+from featherweight.techniques import _factor_site
 from featherweight.techniques._factor import F64, pair, tail
 from featherweight.techniques._factor_graph import Link, conv_link, point_link, window
 from featherweight.techniques._factor_site import EXACT, Layer, Method, Params, Solved, ladder
@@ -23,7 +23,7 @@ from featherweight.techniques._protocol import Context, Estimate, Technique
 
 
 class LowRank:
-    """See the module's text. Sites are all stored float weights, in sub-graphs too."""
+    """See the module's text. Sites are the stored weights of matrix products and convolutions, in sub-graphs too."""
 
     name: ClassVar[str] = "low_rank"
     stage: ClassVar[Stage] = "structure"
@@ -31,8 +31,8 @@ class LowRank:
     factors: ClassVar[int] = 2
 
     def sites(self, model: ir.Model) -> Iterable[Site]:
-        """Every weight that is worth encoding."""
-        return _place.sites(model)
+        """Every weight of a matrix product or a convolution."""
+        return _factor_site.sites(METHOD, model)
 
     def options(self, model: ir.Model, site: Site, ctx: Context) -> Iterable[Action]:
         """About six ranks below the break-even, and the weight's exact rank if that is lower than its size."""
@@ -127,6 +127,7 @@ METHOD = Method(
     "low_rank",
     ("rank",),
     frozenset({"gemm", "matmul", "matmul_left", "conv", "conv_transpose"}),
+    False,
     _why,
     _propose,
     _shapes,
