@@ -13,3 +13,11 @@ def test_violations_give_both_values():
 def test_what_was_not_measured_cannot_meet_a_limit():
     found = Budget(max_latency_ms=5.0).violations(Measurement(120))
     assert found == ["latency is over the limit of 5: it was not measured"]
+
+
+def test_macs_are_a_limit_like_the_others():
+    budget = Budget(max_macs=300)
+    assert budget.limited
+    assert budget.violations(Measurement(1, macs=300)) == []
+    assert budget.violations(Measurement(1, macs=301)) == ["MACs 301 a call is over the limit of 300"]
+    assert budget.violations(Measurement(1)) == ["MACs is over the limit of 300: it was not measured"]

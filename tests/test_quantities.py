@@ -174,3 +174,21 @@ def test_other_quantities_are_printed_plainly() -> None:
 )
 def test_p_value_is_said_in_words(p: float | None, words: str) -> None:
     assert q.format_p_value(p) == words
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("300M", 300_000_000), ("1.2G", 1_200_000_000), ("70%", 700), ("5k", 5000), (12.9, 12)]
+)
+def test_counts_as_people_write_them(text, expected):
+    assert q.parse_count(text, 1000) == expected
+
+
+@pytest.mark.parametrize("text", ["3 apples", "0", "-5", "", "5MB"])
+def test_what_is_no_count_is_refused(text):
+    with pytest.raises(BudgetError, match="count"):
+        q.parse_count(text, 1000)
+
+
+def test_a_share_of_an_unknown_count_is_refused():
+    with pytest.raises(BudgetError, match=r"a count in percent needs an original to compare with, but got '70%' alone"):
+        q.parse_count("70%")
