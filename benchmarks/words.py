@@ -1,6 +1,6 @@
 """Word vectors: tables compressed by featherweight and by other means, and training beside plain gensim.
 
-    python -m benchmarks.words --data FOLDER [--only tables|training|large] [--work FOLDER]
+    python -m benchmarks.words --data FOLDER --models FOLDER --wordllama FOLDER [--only tables|training] [--ours]
 
 FOLDER holds sts/, banking77/ and text-corpus/. Writes benchmarks/results/words.json and words.md. Needs the extras
 `words` and `text`, and the unpacked wheel of wordllama (--wordllama); rows of compress-fasttext appear where that is
@@ -81,14 +81,16 @@ def judge(name: str, table: Table, tokenizer: Path, data: Path) -> tuple[Judge, 
     return Judge(name, sts, tasks.load_task(folder / "test.tsv", ids_of, train=folder / "train.tsv"), vectors), words
 
 
-def compare_tables(name: str, table: Table, tokenizer: Path, data: Path, work: Path) -> Iterator[TableRow]:
-    """Rows of one table: float, featherweight at each size, others."""
+def compare_tables(
+    name: str, table: Table, tokenizer: Path, data: Path, work: Path, kept: list[TableRow]
+) -> Iterator[TableRow]:
+    """Rows of one table: float, featherweight at each size, others (those in `kept` are not measured again)."""
     judged, words = judge(name, table, tokenizer, data)
     base = judged.row("float32", judged.original.nbytes, lambda r: judged.original[r], 0.0, None)
     yield base
     out = work / f"{name}.onnx"
     started = time.monotonic()
-    search = Search(from_arrays(name, words, judged.original), output.sizer(out, judged.original.shape[1]))
+    search = Search(from_arrays(name, words, judged.original), output.sizer(out, judged.original.shape[1]), use="texts")
     looked = time.monotonic() - started
     for times in TIMES:
         started = time.monotonic()
@@ -99,7 +101,9 @@ def compare_tables(name: str, table: Table, tokenizer: Path, data: Path, work: P
         output.save(out, found.table, words)
         seconds = looked + time.monotonic() - started
         yield judged.row(f"featherweight {times}x", out.stat().st_size, found.table.rows, seconds, base)
-    for peer in peers(judged.original, TIMES):
+    others = [r for r in kept if r.table == name and r.tool != "float32" and not r.tool.startswith("featherweight")]
+    yield from others
+    for peer in peers(judged.original, TIMES) if not others else ():
         yield judged.row(peer.name, peer.nbytes, peer.rows, peer.seconds, base)
 
 
@@ -209,23 +213,27 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True, help="folder with minilm.onnx and minilm-tokenizer.json")
     parser.add_argument("--wordllama", type=Path, required=True, help="the unpacked wheel of wordllama")
     parser.add_argument("--only", choices=["tables", "training"])
+    parser.add_argument("--ours", action="store_true", help="keep the rows of other tools as they are")
     asked = parser.parse_args()
     asked.work.mkdir(parents=True, exist_ok=True)
     kept = RESULTS / "words.json"
     raw: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
     raw |= {"date": time.strftime("%Y-%m-%d"), "machine": machine()}
     if asked.only != "training":
-        keep(raw, "tables", all_tables(asked))
+        before = [TableRow(**r) for r in raw.get("tables", ())] if asked.ours else []
+        keep(raw, "tables", all_tables(asked, before))
     if asked.only != "tables":
         keep(raw, "training", compare_training(asked.data, asked.work))
 
 
-def all_tables(asked: argparse.Namespace) -> Iterator[TableRow]:
+def all_tables(asked: argparse.Namespace, kept: list[TableRow]) -> Iterator[TableRow]:
     """Rows of both tables."""
     table, tokenizer = wordllama(asked.wordllama)
-    yield from compare_tables("wordllama", table, tokenizer, asked.data, asked.work)
+    yield from compare_tables("wordllama", table, tokenizer, asked.data, asked.work, kept)
     static = static_minilm(asked.models, asked.data, asked.work)
-    yield from compare_tables("minilm-static", static, asked.models / "minilm-tokenizer.json", asked.data, asked.work)
+    yield from compare_tables(
+        "minilm-static", static, asked.models / "minilm-tokenizer.json", asked.data, asked.work, kept
+    )
 
 
 def keep(raw: dict[str, Any], part: str, rows: Iterator[TableRow] | Iterator[TrainingRow]) -> None:

@@ -57,13 +57,11 @@ def test_survey_is_the_plain_weighted_statistics(looked_at) -> None:
     assert found.sample_weights.sum() == pytest.approx(1)
 
 
-def test_counts_and_use_set_the_weights() -> None:
+def test_counts_set_the_weights() -> None:
     table = from_arrays("m", ["a", "b", "c"], np.array([[3, 4], [0, 2], [0, 0]], np.float32))
     by_count = survey(table, counts={"a": 4, "b": 8})  # and half an occurrence each
     np.testing.assert_allclose(by_count.weights[0] / by_count.weights[1], (4.5 / 8.5) ** 0.5)
-    long_rows = survey(table, counts={"a": 4, "b": 8}, use="sentences")
-    np.testing.assert_allclose(long_rows.weights[0] / long_rows.weights[1], (4.5 / 8.5) ** 0.5 * 25 / 4)
-    assert by_count.weights[2] == long_rows.weights[2] == 0
+    assert by_count.weights[2] == 0
 
 
 @pytest.mark.parametrize("space", [0, 1])
@@ -184,6 +182,19 @@ def test_a_drop_is_kept_and_larger_drops_give_smaller_tables(search) -> None:
         assert found.report.result.drop <= drop
         sizes.append(found.report.result.size_bytes)
     assert sizes[1] < sizes[0] < search.float_bytes / 4
+
+
+def test_texts_are_judged_as_means_of_drawn_words(tmp_path) -> None:
+    words, vectors = drawn()
+    found = Search(from_arrays("memory", words, vectors), output.sizer(tmp_path / "t.onnx", 40), use="texts")
+    assert found.texts.shape == (2000, 12)
+    assert not {3, 1499} & set(found.texts.ravel().tolist())  # zero rows come in no text
+    found.budget = Budget(max_size_bytes=found.float_bytes // 8)
+    made = answer.compress(found)
+    texts = [table[found.texts].mean(axis=1) for table in (vectors, made.table.rows(np.arange(1500)))]
+    near = [quality.nearest(quality.unit(t), np.arange(256), 10) for t in texts]
+    assert made.report.result.metric_name == "texts@10"
+    assert made.report.result.metric == pytest.approx(quality.shared(*near))
 
 
 def test_what_cannot_be_is_said_with_its_bound(search) -> None:

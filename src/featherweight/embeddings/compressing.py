@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -27,14 +28,16 @@ from featherweight.core import (
 from featherweight.embeddings import choices, cutting, quality
 from featherweight.embeddings.build import build
 from featherweight.embeddings.compressed import Compressed
-from featherweight.embeddings.survey import Survey, Use, survey
+from featherweight.embeddings.survey import FREQUENCY_POWER, Survey, survey
 from featherweight.embeddings.table import F32, Table
 from featherweight.embeddings.tasks import Task
 from featherweight.search.solve import Solution, solve
 
 LADDER = (4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 96)  # times smaller than float32
 TABLE = "table"
-NEAR = 1.15  # candidates predicted within this of the best are built too
+NEAR, FAR = 1.15, 1.6  # candidates predicted within this of the best are built too
+TEXTS, TEXT_WORDS = 2000, 12
+Use = Literal["words", "texts"]
 MOST_BUILT = 2
 MEASURED_ROWS = 20_000  # among which neighbours are looked for
 REFINEMENTS = 2
@@ -77,15 +80,20 @@ class Search:
     attempts: list[Attempt] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.found: Survey = survey(self.source, counts=self.counts, use=self.use, progress=self.progress)
+        self.found: Survey = survey(self.source, counts=self.counts, progress=self.progress)
         self.task = None if self.make_task is None else self.make_task(self.found.words)
         self.spaces = [choices.measured(self.found, s, self.progress) for s in choices.spaces(self.found)]
         self.cuts: list[cutting.Cut] = []
         if self.cut_words:
             self.cuts = cutting.cuts(self.source, self.found, seed=self.seed, progress=self.progress)
         rng = np.random.default_rng(self.seed)
-        self.rows = np.sort(rng.choice(self.found.rows, min(self.found.rows, MEASURED_ROWS), replace=False))
-        self.asked = quality.spread(len(self.rows), self.found.weights[self.rows], quality.QUERIES, self.seed)
+        if self.use == "texts":
+            self.texts = _drawn_texts(self.found, rng)
+            self.rows = np.unique(self.texts)
+            self.asked = np.arange(min(quality.QUERIES, TEXTS))
+        else:
+            self.rows = np.sort(rng.choice(self.found.rows, min(self.found.rows, MEASURED_ROWS), replace=False))
+            self.asked = quality.spread(len(self.rows), self.found.weights[self.rows], quality.QUERIES, self.seed)
         self.near = self._near(_chosen_rows(self.source, self.rows))
         self.float_bytes = self.size_of(self.found.words, None)
         self.fixed = self.float_bytes - 4 * self.found.rows * self.found.dim
@@ -93,17 +101,19 @@ class Search:
         self.built: dict[int, Compressed] = {}
 
     def _measured(self, size: int, rows: Rows, before: Measurement | None) -> Measurement:
-        """Size and metric: of the task if there is one, else how many neighbours words drawn by weight keep."""
+        """Size and metric: of the task if there is one, else how many neighbours words, or texts, keep."""
         if self.task is not None:
             name, score = self.task.metric, self.task.score(rows)
         else:
-            name = f"neighbours@{quality.NEIGHBOURS}"
+            name = f"{'texts' if self.use == 'texts' else 'neighbours'}@{quality.NEIGHBOURS}"
             score = quality.Score(name, quality.shared(self.near, self._near(rows(self.rows))), len(self.asked))
         start = score.value if before is None or before.metric is None else before.metric
         return Measurement(size, name, score.value, start - score.value, n_samples=score.n, seed=self.seed)
 
     def _near(self, vectors: F32) -> npt.NDArray[np.int64]:
-        return quality.nearest(quality.unit(vectors), self.asked, min(quality.NEIGHBOURS, len(self.rows) - 1))
+        if self.use == "texts":
+            vectors = vectors[np.searchsorted(self.rows, self.texts)].mean(axis=1)
+        return quality.nearest(quality.unit(vectors), self.asked, min(quality.NEIGHBOURS, len(vectors) - 1))
 
     def candidates(self, size: int) -> list[Candidate]:
         """What the solver makes of each space and cut at a file size, best predicted first."""
@@ -129,7 +139,10 @@ class Search:
         found = self.candidates(size)
         if not found:
             return None
-        near = [c for c in found[:MOST_BUILT] if c.loss <= NEAR * found[0].loss + 1e-12]
+        # Means of many words average errors out, but not what every word lacks: the solver's order is trusted less.
+        limit = (FAR if self.use == "texts" or self.task is not None else NEAR) * found[0].loss + 1e-12
+        each = {(c.space.name, c.cut is None): c for c in reversed(found) if c.loss <= limit}
+        near = sorted(each.values(), key=lambda c: c.loss)[:MOST_BUILT]
         tried = [self._fitted(c, size) for c in near]
         return min(tried, key=lambda a: (size_of(a) > size, drop_of(a)))
 
@@ -201,6 +214,14 @@ class Search:
         rungs = np.geomspace(LADDER[0], LADDER[-1], points)
         tried = [self.at_size(self._rung(float(t))) for t in rungs]
         return [a for a in tried if a is not None]
+
+
+def _drawn_texts(found: Survey, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Row numbers (TEXTS, TEXT_WORDS): words drawn as often as they come, with no meaning but their sum."""
+    shares = found.weights ** (1 / FREQUENCY_POWER)
+    if not shares.any():
+        shares = np.ones(found.rows)
+    return rng.choice(found.rows, (TEXTS, TEXT_WORDS), p=shares / shares.sum())
 
 
 def size_of(attempt: Attempt) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +17,6 @@ from featherweight.embeddings.table import F32, Table
 from featherweight.errors import DataError
 
 F64 = npt.NDArray[np.float64]
-Use = Literal["words", "sentences"]
 FREQUENCY_POWER = 0.5  # of a word's count: between counting each word once and each occurrence
 HEAD_ROWS, TAIL_ROWS = 8192, 24576
 MIN_NORM = 1e-30
@@ -63,12 +61,11 @@ class Survey:
         return self.moment - np.outer(mean, mean)
 
 
-def survey(
-    table: Table, *, counts: Mapping[str, int] | None = None, use: Use = "words", progress: Progress | None = None
-) -> Survey:
-    """Read a table once. `counts`: occurrences of words; without, the word of row i is taken to come 1 / (i + 1) times
-    as often as the first (Zipf), as tables are sorted by frequency. `use`: in "sentences", where vectors are averaged,
-    an error counts by its size, so long rows count more. Raises DataError if no row is left.
+def survey(table: Table, *, counts: Mapping[str, int] | None = None, progress: Progress | None = None) -> Survey:
+    """Read a table once.
+
+    `counts`: occurrences of words; without, the word of row i is taken to come 1 / (i + 1) times as often as the first
+    (Zipf), as tables are sorted by frequency. Raises DataError if no row is left.
     """
     shown = progress or Silent()
     shown.start("reading the vectors", table.rows)
@@ -84,7 +81,7 @@ def survey(
         norms = np.sqrt(np.einsum("nd,nd->n", block.vectors, block.vectors, dtype=np.float64))
         unit = (block.vectors / np.maximum(norms, MIN_NORM)[:, None]).astype(np.float32)
         norm_parts.append(norms.astype(np.float32))
-        raw = _raw_weights(block.words, start, counts, norms, use)
+        raw = _raw_weights(block.words, start, counts, norms)
         first += raw @ unit
         second += (unit * raw[:, None].astype(np.float32)).T @ unit
         total += float(raw.sum())
@@ -95,7 +92,7 @@ def survey(
     if not words:
         raise DataError(f"{table.where} holds no usable row; {table.bad.total} were skipped")
     norms = np.concatenate(norm_parts)
-    weights = _raw_weights(words, 0, counts, norms.astype(np.float64), use)
+    weights = _raw_weights(words, 0, counts, norms.astype(np.float64))
     if total <= 0:
         total = 1.0  # nothing but zero rows
     sample, rows = tail.joined(head, len(words))
@@ -112,14 +109,14 @@ def survey(
     )
 
 
-def _raw_weights(words: list[str], start: int, counts: Mapping[str, int] | None, norms: F64, use: Use) -> F64:
+def _raw_weights(words: list[str], start: int, counts: Mapping[str, int] | None, norms: F64) -> F64:
     """What a row counts, before normalising: 0 if it is zero."""
     if counts is None:
         often = 1.0 / np.arange(start + 1, start + 1 + len(words))
     else:
         often = np.array([counts.get(w, 0) for w in words], np.float64) + 0.5
     raw = often**FREQUENCY_POWER
-    return np.asarray(raw * norms**2 if use == "sentences" else np.where(norms > 0, raw, 0.0))
+    return np.asarray(np.where(norms > 0, raw, 0.0))
 
 
 class _Tail:

@@ -30,7 +30,7 @@ MIN_ROWS = 64
 #: Codebooks may take this share of the bytes of the codes.
 BOOK_SHARE = 0.5
 FIT_ROWS, JUDGED_ROWS, SAMPLED_COLUMNS = 6144, 3072, 64
-ALL_ROWS, ITERATIONS = 32768, 5
+ALL_ROWS, ITERATIONS = 16384, 5
 
 
 class EmbeddingPq:

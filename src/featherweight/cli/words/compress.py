@@ -18,8 +18,8 @@ from featherweight.cli.words._reading import reading_options, task_loader, task_
 @option("--max-size", type=options.SIZE, metavar="SIZE", section="Budget", help="5MB, or 10% of the float32 table.")
 @option("--max-drop", type=options.DROP, metavar="DROP", section="Budget", help="Loss of the metric: 1% or 0.01.")
 @option("--frontier", type=click.IntRange(2, 50), metavar="N", section="Search", help="Measure N sizes instead.")
-@option("--for", "use", type=click.Choice(["words", "sentences"]), default="words", show_default=True, section="Search",
-        help="What errors count for: each word's direction, or sums of words.")  # fmt: skip
+@option("--for", "use", type=click.Choice(["words", "texts"]), section="Search",
+        help="Measure the nearest words, or texts of drawn words. Default: words; for .onnx texts.")  # fmt: skip
 @option("--counts", type=options.PATH, metavar="FILE", section="Data",
         help="Word and count a line. Default: row i is taken to come 1 / i as often as the first.")  # fmt: skip
 @reading_options
@@ -82,7 +82,7 @@ def _searched(vectors: Path, out: Path, task: Any, shown: Any, **asked: Any) -> 
         output.sizer(out, table.dim),
         make_task=task,
         counts=None if asked["counts"] is None else read_counts(asked["counts"]),
-        use=asked["use"],
+        use=asked["use"] or ("texts" if out.suffix == ".onnx" else "words"),
         cut_words=not asked["keep_words"],
         seed=asked["seed"],
         progress=shown,
