@@ -90,13 +90,19 @@ class Errors:
     runs: tuple[tuple[tuple[int, int], tuple[tuple[Action, float], ...]], ...]
     lengths: tuple[tuple[Action, float], ...]
 
-    def table(self, kept: int) -> dict[str, list[Choice]]:
-        """All choices of each run and of the lengths, with the bytes they take of a table that keeps `kept` rows."""
+    def table(self, kept: int, *, flatten: float = 0.0) -> dict[str, list[Choice]]:
+        """All choices of each run and of the lengths, with the bytes they take of a table that keeps `kept` rows.
+
+        `flatten`: divide errors by that power of the run's variance a column, so that columns of little variance count
+        more. Classifiers read them too, and in means of words of one topic they stand out from the rounding.
+        """
         made: dict[str, list[Choice]] = {}
         for run, found in self.runs:
             columns = run[1] - run[0]
+            variance = max(dict(found)[DROP] / columns, 1e-12)
+            factor = variance**-flatten
             made[site(run)] = [
-                _choice(site(run), action, action_bytes(action, kept, columns, self.space), error)
+                _choice(site(run), action, action_bytes(action, kept, columns, self.space), error * factor)
                 for action, error in found
             ]
         if self.lengths:

@@ -35,10 +35,10 @@ from featherweight.search.solve import Solution, solve
 
 LADDER = (4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 96)  # times smaller than float32
 TABLE = "table"
-NEAR, FAR = 1.15, 1.6  # candidates predicted within this of the best are built too
+NEAR, FAR = 1.15, 2.0  # candidates predicted within this of the best are built too
 TEXTS, TEXT_WORDS = 2000, 12
 Use = Literal["words", "texts"]
-MOST_BUILT = 2
+MOST_BUILT, MOST_JUDGED = 2, 4
 MEASURED_ROWS = 20_000  # among which neighbours are looked for
 REFINEMENTS = 2
 
@@ -55,6 +55,7 @@ class Candidate:
     solution: Solution
     loss: float
     size: int
+    flatten: float = 0.0
 
     def plan(self) -> Plan:
         """The decisions, those about the whole table first."""
@@ -116,18 +117,24 @@ class Search:
         return quality.nearest(quality.unit(vectors), self.asked, min(quality.NEIGHBOURS, len(vectors) - 1))
 
     def candidates(self, size: int) -> list[Candidate]:
-        """What the solver makes of each space and cut at a file size, best predicted first."""
+        """What the solver makes of each space and cut at a file size, best predicted first.
+
+        With a task to judge by, also what it makes where columns of little variance count as much as others.
+        """
         made = []
         for errors in self.spaces:
             for cut in (None, *self.cuts):
                 kept = self.found.rows if cut is None else len(cut.rows)
                 beside = self.fixed + self._beside(errors.space, cut)
-                table = errors.table(kept)
-                found = solve(table, {"size_bytes": float(size - beside)}, {"loss": 1.0})
-                if found is not None:
-                    left = 1.0 if cut is None else cut.weight_left
-                    loss = found.effect.loss * left + (0.0 if cut is None else cut.error)
-                    made.append(Candidate(errors.space, cut, found, loss, found.effect.size_bytes + beside))
+                true = {c.decision: c.effect.loss for found in errors.table(kept).values() for c in found}
+                for flatten in (0.0, 1.0) if self.task is not None else (0.0,):
+                    table = errors.table(kept, flatten=flatten)
+                    found = solve(table, {"size_bytes": float(size - beside)}, {"loss": 1.0})
+                    if found is not None:
+                        error = sum(true[c.decision] for c in found.choices)
+                        loss = error if cut is None else error * cut.weight_left + cut.error
+                        total = found.effect.size_bytes + beside
+                        made.append(Candidate(errors.space, cut, found, loss, total, flatten))
         return sorted(made, key=lambda c: c.loss)
 
     def _beside(self, space: choices.Space, cut: cutting.Cut | None) -> int:
@@ -141,8 +148,8 @@ class Search:
             return None
         # Means of many words average errors out, but not what every word lacks: the solver's order is trusted less.
         limit = (FAR if self.use == "texts" or self.task is not None else NEAR) * found[0].loss + 1e-12
-        each = {(c.space.name, c.cut is None): c for c in reversed(found) if c.loss <= limit}
-        near = sorted(each.values(), key=lambda c: c.loss)[:MOST_BUILT]
+        each = {(c.space.name, c.cut is None, c.flatten): c for c in reversed(found) if c.loss <= limit}
+        near = sorted(each.values(), key=lambda c: c.loss)[: MOST_BUILT if self.task is None else MOST_JUDGED]
         tried = [self._fitted(c, size) for c in near]
         return min(tried, key=lambda a: (size_of(a) > size, drop_of(a)))
 
@@ -151,7 +158,7 @@ class Search:
         attempt = self._build(candidate)
         over = size_of(attempt) - size
         if over > 0:
-            smaller = [c for c in self.candidates(size - over) if c.space is candidate.space and c.cut is candidate.cut]
+            smaller = [c for c in self.candidates(size - over) if _alike(c, candidate)]
             if smaller:
                 self.attempts.pop()
                 return self._build(smaller[0])
@@ -214,6 +221,11 @@ class Search:
         rungs = np.geomspace(LADDER[0], LADDER[-1], points)
         tried = [self.at_size(self._rung(float(t))) for t in rungs]
         return [a for a in tried if a is not None]
+
+
+def _alike(one: Candidate, other: Candidate) -> bool:
+    """True if they differ in size alone."""
+    return one.space is other.space and one.cut is other.cut and one.flatten == other.flatten
 
 
 def _drawn_texts(found: Survey, rng: np.random.Generator) -> npt.NDArray[np.int64]:
