@@ -28,7 +28,7 @@ from featherweight.core import (
 from featherweight.embeddings import choices, cutting, quality
 from featherweight.embeddings.build import build
 from featherweight.embeddings.compressed import Compressed
-from featherweight.embeddings.survey import FREQUENCY_POWER, Survey, survey
+from featherweight.embeddings.survey import Survey, survey
 from featherweight.embeddings.table import F32, Table
 from featherweight.embeddings.tasks import Task
 from featherweight.search.solve import Solution, solve
@@ -85,7 +85,7 @@ class Search:
         self.task = None if self.make_task is None else self.make_task(self.found.words)
         self.spaces = [choices.measured(self.found, s, self.progress) for s in choices.spaces(self.found)]
         self.cuts: list[cutting.Cut] = []
-        if self.cut_words:
+        if self.cut_words and self.counts is not None:  # without counts nobody knows which words are rare
             self.cuts = cutting.cuts(self.source, self.found, seed=self.seed, progress=self.progress)
         rng = np.random.default_rng(self.seed)
         if self.use == "texts":
@@ -229,10 +229,8 @@ def _alike(one: Candidate, other: Candidate) -> bool:
 
 
 def _drawn_texts(found: Survey, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Row numbers (TEXTS, TEXT_WORDS): words drawn as often as they come, with no meaning but their sum."""
-    shares = found.weights ** (1 / FREQUENCY_POWER)
-    if not shares.any():
-        shares = np.ones(found.rows)
+    """Row numbers (TEXTS, TEXT_WORDS): words drawn by weight, with no meaning but their sum."""
+    shares = found.weights if found.weights.any() else np.ones(found.rows)
     return rng.choice(found.rows, (TEXTS, TEXT_WORDS), p=shares / shares.sum())
 
 

@@ -24,7 +24,7 @@ from featherweight.cli.words._reading import reading_options, task_loader, task_
         help="Word and count a line. Default: row i is taken to come 1 / i as often as the first.")  # fmt: skip
 @reading_options
 @task_options
-@option("--keep-words", is_flag=True, section="Search", help="Never let rare words share a row.")
+@option("--keep-words", is_flag=True, section="Search", help="Never let rare words share a row, as --counts allows.")
 @option("--seed", type=int, metavar="N", default=0, show_default=True, section="Search", help="Same seed, same table.")
 @option("--plain", type=options.PATH, metavar="FILE", help="Also write the vectors for others: .bin, .txt, .npy.")
 @option("--normalise", is_flag=True, help="Let the .onnx give vectors of length 1.")
