@@ -98,18 +98,29 @@ def test_rows_that_repeat_others_do_no_harm() -> None:
     assert np.isfinite(onto(W, C, doubled).solve()).all()
 
 
-def test_few_rows_are_damped_more_and_dead_inputs_are_harmless() -> None:
+def test_covariances_of_few_rows_are_shrunk_and_dead_inputs_are_harmless() -> None:
     C = np.zeros((1, 4, 4))
     C[0, :2, :2] = [[2, 1], [1, 2]]
-    few, many = steadied(C, 1), steadied(C, 10**6)
-    assert few is not None
-    assert many is not None
-    np.testing.assert_allclose(many, C, atol=1e-6)
-    assert 1e-3 < few[0, 3, 3] < 0.02
-    assert np.linalg.eigvalsh(many[0]).min() > 0
-    dead = steadied(np.zeros((1, 4, 4)), 100)
-    np.testing.assert_array_equal(dead, np.eye(4)[None])
-    assert steadied(None, 3) is None
+    for rows, kept in ((10**9, 1.0), (12, 0.75), (16, 0.8), (1, 0.5), (0, 0.5)):
+        found = steadied(C, None, rows)
+        assert found is not None
+        np.testing.assert_allclose(found[0, 0, 1], kept, atol=1e-6)
+        np.testing.assert_allclose(np.diagonal(found[0]), np.diagonal(C[0]), atol=1e-6)
+        assert np.linalg.eigvalsh(found[0]).min() > 0
+    np.testing.assert_array_equal(steadied(np.zeros((1, 4, 4)), None, 100), np.eye(4)[None])
+    np.testing.assert_array_equal(steadied(np.zeros((1, 4)), None, 100), np.ones((1, 4)))
+    assert steadied(None, None, 3) is None
+
+
+def test_means_are_not_shrunk() -> None:
+    mean = np.array([[1.0, -2.0, 3.0]])
+    covariance = np.array([[[2.0, 1.0, 0.5], [1.0, 2.0, 0.5], [0.5, 0.5, 1.0]]])
+    whole = steadied(covariance + mean[:, :, None] * mean[:, None], mean, 3)
+    alone = steadied(covariance, None, 3)
+    assert whole is not None
+    assert alone is not None
+    np.testing.assert_allclose(whole - alone, mean[:, :, None] * mean[:, None], atol=1e-12)
+    np.testing.assert_allclose(alone[0, 0, 1], 0.5)
 
 
 def test_an_indefinite_matrix_still_gets_a_triangle() -> None:

@@ -283,6 +283,15 @@ def test_every_kind_of_site_without_an_option_says_no_gain() -> None:
         assert all("no gain" in n.text for n in ctx.notes)
 
 
+def test_rows_of_one_sample_count_for_few() -> None:
+    small = graphs.build("convolutions")
+    stats = collect(small.model, list(small.feeds), seed=0)
+    found = {w.name: _factor_site.independent_rows(w, stats) for w in weights(small.model)}
+    assert stats.n_samples == 6
+    assert found["w5"] == min(stats.n_rows("w5"), 6 * 8)
+    assert found["w4"] == min(stats.n_rows("w4"), 6 * 8)  # maps of 4 x 4
+
+
 def exact_rank_model(rank: int = 4, dtype: Any = np.float32) -> tuple[ir.Model, Feed]:
     rng = np.random.default_rng(0)
     array = rng.normal(size=(48, rank)) @ rng.normal(size=(rank, 64)) / 8

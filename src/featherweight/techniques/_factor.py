@@ -15,10 +15,9 @@ import numpy.typing as npt
 
 F64 = npt.NDArray[np.float64]
 Moments = F64 | None
-#: Rows of one sample resemble each other: so many of them count as one dimension seen (as in stats.shrinkage).
-ROWS_WEIGHT = 4.0
-#: Share of the mean diagonal added to C when it comes from far fewer rows than it has dimensions.
-DAMP = 0.01
+#: The covariance keeps at least half of what lies off its diagonal.
+MOST_SHRUNK = 0.5
+FLOOR = 1e-7  # of the mean diagonal, added to it
 TINY = 1e-13  # of the largest eigenvalue: what float64 cannot tell from zero
 
 
@@ -47,19 +46,29 @@ def tail(energy: F64, rank: int) -> float:
     return float(np.maximum(energy[:, rank:], 0.0).sum())
 
 
-def steadied(C: Moments, rows: int) -> Moments:
-    """C fit for factorising: float64, positive definite, damped where few rows were seen. (g, k, k) or (g, k)."""
+def steadied(C: Moments, mean: F64 | None, rows: int) -> Moments:
+    """C (g, k, k) or (g, k) fit for choosing what to leave out: its covariance shrunk toward the diagonal.
+
+    `mean` (g, k) is E[x] where C is E[x x^T], None where C is the covariance already; `rows`: how many independent
+    rows it may count as. The best directions for the rows seen are not the best for others; the intensity
+    k / (k + rows) brings the predicted error near that of fresh data, and lowers what is found there.
+    """
     if C is None:
         return None
     k = C.shape[-1]
-    damp = 1e-7 + DAMP * k / (k + ROWS_WEIGHT * max(rows, 0))
     out = np.array(C, dtype=np.float64)
-    diagonal = out if out.ndim == 2 else np.einsum("gii->gi", out)
-    mean = diagonal.mean(axis=1, keepdims=True)
-    diagonal += np.where(mean > 0, damp * mean, 1.0)
-    if out.ndim == 3:
-        out = 0.5 * (out + out.transpose(0, 2, 1))
-    return out
+    if out.ndim == 2:
+        level = out.mean(axis=1, keepdims=True)
+        return out + np.where(level > 0, FLOOR * level, 1.0)
+    outer = 0.0 if mean is None else mean[:, :, None] * mean[:, None, :]
+    out -= outer
+    diagonal = np.einsum("gii->gi", out)
+    kept = np.maximum(diagonal, 0.0)
+    out *= 1 - min(k / (k + max(rows, 1)), MOST_SHRUNK)
+    level = kept.mean(axis=1, keepdims=True)
+    diagonal[...] = kept + np.where(level > 0, FLOOR * level, 1.0)
+    out = 0.5 * (out + out.transpose(0, 2, 1))
+    return np.asarray(out + outer, np.float64)
 
 
 def times(M: F64, C: Moments) -> F64:

@@ -22,6 +22,7 @@ import onnx_ir as ir
 from featherweight.core import Action, Scalar, Site
 from featherweight.errors import TechniqueError
 from featherweight.graph.weights import Role, Weight, WeightUse, weights
+from featherweight.stats import Statistics
 from featherweight.techniques import _absorb, _factor_graph, _noise, _place
 from featherweight.techniques._factor import Moments, steadied
 from featherweight.techniques._factor_graph import Link
@@ -35,6 +36,7 @@ Params = tuple[int, ...]
 STEPS, TOP, LEAST = 6, 0.9, 0.15
 WORK_WORTH = 2.0
 MOST_NOISE = 0.5
+ROWS_A_SAMPLE = 8
 BASE_BITS = 4
 #: An error below this share of the output is rounding of float32.
 EXACT = 1e-11
@@ -173,20 +175,34 @@ def layer(weight: Weight, ctx: Context) -> Layer:
     """The weight with its second moments, made ready."""
     matrix = weight.to_matrix(weight.array())
     found = _absorb.moments(weight, ctx)
-    rows = ctx.stats.n_rows(weight.name) if ctx.stats is not None else 0
+    moments = None
+    if found.matrix is not None and ctx.stats is not None:
+        # Where no bias takes the mean it stays in the moments, and is known well from any rows.
+        mean = ctx.stats.mean(weight.name) if found.mean is None else None
+        moments = steadied(found.matrix, mean, independent_rows(weight, ctx.stats))
     use = weight.main_use
     kernel = weight.seen_shape(use)[2:] if use.role in ("conv", "conv_transpose") else ()
     channels = matrix.shape[2] // math.prod(kernel)
     signal = _absorb.signal(matrix, found, weight, ctx)
-    return Layer(
-        weight, matrix.astype(np.float64), steadied(found.matrix, rows), found, signal, channels, kernel, ctx.seed
-    )
+    return Layer(weight, matrix.astype(np.float64), moments, found, signal, channels, kernel, ctx.seed)
+
+
+def independent_rows(weight: Weight, stats: Statistics) -> int:
+    """As how many independent rows those of a weight's moments may count; rows of one sample resemble each other.
+
+    Measured on EfficientNet-Lite0 (64 images) and MiniLM (192 texts): about 8 a sample in maps of 7 x 7 and in texts,
+    more in larger maps. With these the error found on other samples was 0.3 to 1.9 times the estimate; with all rows
+    counted it was up to 7 times in the last layers.
+    """
+    value = stats.values.get(weight.main_use.node.outputs[0].name or "")
+    positions = math.prod(value.shape[2:]) if value is not None and weight.main_use.role == "conv" else 0
+    return min(stats.n_rows(weight.name), stats.n_samples * max(ROWS_A_SAMPLE, positions // ROWS_A_SAMPLE))
 
 
 def four_bits(of: Layer) -> float:
     """Noise of the weight rounded to BASE_BITS with error feedback, in closed form (`_noise`)."""
     g, _, k = of.matrix.shape
-    second = np.ones((g, k)) if of.found.matrix is None else of.found.matrix
+    second = np.ones((g, k)) if of.moments is None else of.moments
     step = _noise.steps(of.matrix.astype(np.float32), BASE_BITS, None)
     error = float((np.square(step) * _noise.pivots(second)[:, None]).sum()) / 12 * _noise.CLIPPED[BASE_BITS]
     return error / of.signal if of.signal > 0 else 0.0

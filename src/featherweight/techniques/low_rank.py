@@ -64,7 +64,7 @@ def _propose(of: Layer) -> Sequence[Params]:
     exact = next((r for r in range(1, energy.shape[1]) if tail(energy, r) <= EXACT * total), None)
     ranks = ladder(most) if most >= 1 else []
     if exact is not None and exact <= most:
-        ranks = [exact, *(r for r in ranks if r < exact)]
+        ranks = [exact, *(ladder(exact - 1) if exact > 1 else ())]
     return [(r,) for r in ranks]
 
 
