@@ -115,3 +115,17 @@ def test_a_large_mean_does_not_drown_the_spread():
     W = rng.normal(size=(2, 4))
     found = solve(*sums(x, (x - 1000) @ W.T), np.zeros((1, 2, 4)), np.zeros((1, 2)), has_bias=True)
     assert np.allclose(found.matrix[0], W, atol=1e-2)
+
+
+def test_spread_is_kept_where_least_squares_would_fade_it():
+    rng = np.random.default_rng(9)
+    clean = rng.normal(size=(4000, 6))
+    y = clean @ rng.normal(size=(3, 6)).T + 2.0
+    x = clean + 0.7 * rng.normal(size=clean.shape)  # errors of the layers before
+    now = np.zeros((1, 3, 6)), np.zeros((1, 3))
+    faded = solve(*sums(x, y), *now, has_bias=True)
+    found = solve(*sums(x, y), *now, has_bias=True, spread=True)
+    answers = [x @ s.matrix[0].T + s.bias[0] for s in (faded, found)]
+    assert (answers[0].std(axis=0) < 0.9 * y.std(axis=0)).all()
+    assert np.allclose(answers[1].std(axis=0), y.std(axis=0), rtol=1e-3)
+    assert np.allclose(answers[1].mean(axis=0), y.mean(axis=0), atol=1e-3)
