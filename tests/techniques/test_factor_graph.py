@@ -288,7 +288,8 @@ def test_rows_of_one_sample_count_for_few() -> None:
     stats = collect(small.model, list(small.feeds), seed=0)
     found = {w.name: _factor_site.independent_rows(w, stats) for w in weights(small.model)}
     assert stats.n_samples == 6
-    assert found["w5"] == min(stats.n_rows("w5"), 6 * 8)
+    assert found["w5"] == stats.n_rows("w5") == 6
+    assert found["w1"] == min(stats.n_rows("w1"), 6 * 8)  # maps of 6 x 6
     assert found["w4"] == min(stats.n_rows("w4"), 6 * 8)  # maps of 4 x 4
 
 
