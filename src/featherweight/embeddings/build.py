@@ -113,9 +113,10 @@ def build(
         for coder, codes in zip(fitted, stored, strict=True):
             codes[at : at + len(vectors)] = coder.codes(columns)
         at += len(vectors)
-    parts = tuple(c.part(codes) for c, codes in zip(fitted, stored, strict=True))
+    stored.reverse()
+    parts = [coder.part(stored.pop()) for coder in fitted]  # each array of codes goes as soon as it is packed
     return Compressed(
-        columns=parts,
+        columns=tuple(parts),
         gain=_gain(found, chosen, kept_rows, needed=not fitted),
         basis=_basis(space, fitted),
         mean=_mean(found, space, fitted),

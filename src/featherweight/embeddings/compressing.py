@@ -151,7 +151,11 @@ class Search:
         each = {(c.space.name, c.cut is None, c.flatten): c for c in reversed(found) if c.loss <= limit}
         near = sorted(each.values(), key=lambda c: c.loss)[: MOST_BUILT if self.task is None else MOST_JUDGED]
         tried = [self._fitted(c, size) for c in near]
-        return min(tried, key=lambda a: (size_of(a) > size, drop_of(a)))
+        best = min(tried, key=lambda a: (size_of(a) > size, drop_of(a)))
+        for attempt in tried:
+            if attempt is not best:
+                self.built.pop(attempt.index, None)
+        return best
 
     def _fitted(self, candidate: Candidate, size: int) -> Attempt:
         """Build; where the file is larger than predicted, once more for so much less."""

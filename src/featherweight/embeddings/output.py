@@ -13,6 +13,7 @@ from featherweight.embeddings.compressing import SizeOf
 from featherweight.embeddings.encoder import encoder
 from featherweight.embeddings.table import F32, Block, from_arrays
 from featherweight.embeddings.train import Trained
+from featherweight.embeddings.vocabulary import Packed, pack
 from featherweight.embeddings.whole import whole_file
 from featherweight.errors import OutputError
 from featherweight.graph import io
@@ -39,11 +40,14 @@ def sizer(path: Path, dim: int) -> SizeOf:
 
         return onnx_bytes
 
+    packed: list[Packed] = []  # made once: every attempt has the same words
+
     def own_bytes(words: list[str], table: Compressed | None) -> int:
+        if not packed:
+            packed.append(pack(words))
         empty = Compressed((), None, None, None, None, None, dim)
-        return (
-            write.coded_bytes(words, empty) + 4 * dim * len(words) if table is None else write.coded_bytes(words, table)
-        )
+        size = write.coded_bytes(packed[0], empty if table is None else table)
+        return size + 4 * dim * len(words) if table is None else size
 
     return own_bytes
 

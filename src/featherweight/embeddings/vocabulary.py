@@ -125,7 +125,7 @@ def pack(words: Sequence[str]) -> Packed:
     """Packed form of a list of words."""
     raw = [w.encode("utf-8", "surrogatepass") for w in words]
     offsets = np.zeros(len(raw) + 1, np.int64)
-    np.cumsum([len(r) for r in raw], out=offsets[1:])
+    np.cumsum(np.fromiter(map(len, raw), np.int64, len(raw)), out=offsets[1:])
     order = np.array(sorted(range(len(raw)), key=raw.__getitem__), np.uint32)
     narrow = offsets.astype(np.uint32) if offsets[-1] < 1 << 32 else offsets
     return Packed(np.frombuffer(b"".join(raw), np.uint8), narrow, order)

@@ -120,7 +120,7 @@ def write_coded(path: Path, words: Sequence[str], coded: Coded) -> None:
         _put_coded(file, words, coded)
 
 
-def coded_bytes(words: Sequence[str], coded: Coded) -> int:
+def coded_bytes(words: Sequence[str] | vocabulary.Packed, coded: Coded) -> int:
     """Bytes of the file that `write_coded` makes, without making it."""
     counter = _Counter()
     _put_coded(counter, words, coded)
@@ -157,7 +157,7 @@ class _Counter(io.RawIOBase):
         return offset
 
 
-def _put_coded(file: Any, words: Sequence[str], coded: Coded) -> None:
+def _put_coded(file: Any, words: Sequence[str] | vocabulary.Packed, coded: Coded) -> None:
     arrays, metadata = coded.arrays(), {"format": FORMAT, **coded.metadata()}
     room = len(json.dumps(metadata)) + ENTRY_BYTES * 2 * (len(arrays) + 6)
     room += -(8 + room) % safetensors.ALIGN
@@ -168,9 +168,9 @@ def _put_coded(file: Any, words: Sequence[str], coded: Coded) -> None:
     out.close()
 
 
-def add_words(out: safetensors.Writer, words: Sequence[str]) -> None:
+def add_words(out: safetensors.Writer, words: Sequence[str] | vocabulary.Packed) -> None:
     """The words and their index."""
-    packed = vocabulary.pack(words)
+    packed = words if isinstance(words, vocabulary.Packed) else vocabulary.pack(words)
     out.add("words.offsets", packed.offsets)
     out.add("words.order", packed.order)
     out.add("words.text", packed.text)
