@@ -112,6 +112,18 @@ def test_onnx_and_mapped_file_give_the_same_vectors(looked_at, tmp_path, space: 
     np.testing.assert_allclose(lengths, [0, 1, 1, 1, 0], atol=1e-5)
 
 
+def test_packing_by_pieces_gives_the_same_table(looked_at, monkeypatch) -> None:
+    from featherweight.embeddings import build as module
+
+    table, found, spaces = looked_at
+    whole, _ = at_bytes(table, found, spaces[1], 1500 * 12)
+    monkeypatch.setattr(module, "PACKED_ROWS", 400)
+    pieces, _ = at_bytes(table, found, spaces[1], 1500 * 12)
+    assert pieces.metadata() == whole.metadata()
+    for name, array in whole.arrays().items():
+        np.testing.assert_array_equal(pieces.arrays()[name], array)
+
+
 def test_float_encoder_is_the_mean_and_its_size_is_known(tmp_path) -> None:
     vectors = np.array([[1, 2], [3, 4], [5, 0]], np.float32)
     model = encoder.encoder(vectors)

@@ -11,12 +11,14 @@ import numpy.typing as npt
 from featherweight.core import Action, Decision, Progress, Silent
 from featherweight.embeddings import choices
 from featherweight.embeddings.choices import DROP, GAIN, Space
-from featherweight.embeddings.compressed import Compressed, Part
+from featherweight.embeddings.compressed import Compressed, Part, joined
 from featherweight.embeddings.survey import MIN_NORM, Survey
 from featherweight.embeddings.table import F32, Table
 from featherweight.errors import PlanError
 from featherweight.graph import encode
 from featherweight.techniques import _vectors
+
+PACKED_ROWS = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +42,12 @@ class Coder:
         return len(self.columns) if self.action.technique == "linear" else len(self.book)
 
     def part(self, codes: npt.NDArray[np.integer]) -> Part:
-        """The coded table of all rows."""
-        bits = int(self.action.get("bits"))
+        """The coded table of all rows, packed some rows at a time, as packing takes several times their bytes."""
+        bits, pieces = int(self.action.get("bits")), np.array_split(codes, max(1, -(-len(codes) // PACKED_ROWS)))
         if self.action.technique == "linear":
-            return Part.of(encode.linear(codes, self.book, bits, axis=1))
-        return Part.of(encode.product(codes, self.book, bits, stages=int(self.action.get("stages"))))
+            return joined([Part.of(encode.linear(c, self.book, bits, axis=1)) for c in pieces])
+        stages = int(self.action.get("stages"))
+        return joined([Part.of(encode.product(c, self.book, bits, stages=stages)) for c in pieces])
 
 
 def coders(found: Survey, space: Space, decisions: Mapping[str, Decision]) -> list[Coder]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,17 @@ class Part:
     def encoded(self) -> Encoded:
         """As graph.encode knows it."""
         return make.from_arrays({k: np.asarray(a) for k, a in self.arrays.items()}, self.layout)
+
+
+def joined(parts: Sequence[Part]) -> Part:
+    """Parts of one table, coded alike, one under another."""
+    rows = sum(p.layout.shape[0] for p in parts)
+    layout = dataclasses.replace(parts[0].layout, shape=(rows, parts[0].width))
+    arrays = {
+        k: np.concatenate([p.arrays[k] for p in parts]) if k in ROW_ARRAYS and len(parts) > 1 else a
+        for k, a in parts[0].arrays.items()
+    }
+    return Part(layout, arrays)
 
 
 @dataclass(frozen=True, eq=False)
