@@ -4,6 +4,11 @@ The closed-form error of the layers that read a group says in which order its ch
 not how much of it reaches the outputs: behind a skip connection nearly nothing does, in a trunk all of it and more.
 So each group is cut alone at a few widths and run. Between these the loss follows the closed-form noise on a straight
 line in logarithms; beyond them on its slope, held between 1 (errors add) and 2 (they also meet each other).
+
+Where the outputs are class scores the runs are compared by the divergence of their probabilities, as noise on
+scores that decide nothing costs nothing; it is brought to the unit of noise by one factor. Losses of several groups
+come to more than their sum, since each fades the signal in the same direction. A power below 1 makes the program
+prefer few deep cuts to many shallow ones.
 """
 
 from __future__ import annotations
@@ -19,31 +24,56 @@ from featherweight.core import Action, Decision, Site
 from featherweight.errors import RunError, TechniqueError
 from featherweight.graph import io
 from featherweight.search.options import GroupOption, Structure
-from featherweight.search.probe import child_distance
+from featherweight.search.probe import child_divergence
 from featherweight.search.problem import Problem, first_feeds
 from featherweight.search.stage import cut_only
 from featherweight.techniques import Context
 
 #: Shares of a group's work at which it is really cut, and batches that each cut is run on.
 SHARES = (0.8, 0.4)
-BATCHES = 12
+BATCHES = 24
 SLOPES = (1.0, 2.0)
 LEAST = 1e-9
+Point = tuple[float, float]
+POWER = 0.75
 
 
-def measured(problem: Problem, structure: Structure, ctx: Context) -> Structure:
-    """The structure with the losses of its groups put on measured curves; the runs are kept in the journal."""
+def measured(problem: Problem, structure: Structure, ctx: Context, *, classes: bool) -> Structure:
+    """The structure with the losses of its groups put on measured curves; the runs are kept in the journal.
+
+    `classes`: the model is judged by which class it names.
+    """
     wanted = {name: _picked(options) for name, options in structure.groups.items() if len(options) > 1}
-    found: dict[str, list[list[float]]] = problem.journal.phase(
+    found: dict[str, list[list[float | None]]] = problem.journal.phase(
         "losses of groups", lambda: _runs(problem, structure, wanted, ctx)
     )
-    groups = {
-        name: on_curve(options, [(a, b) for a, b in found.get(name, [])]) for name, options in structure.groups.items()
-    }
+    points = concentrated(in_one_unit(found, classes=classes))
+    groups = {name: on_curve(options, points.get(name, ())) for name, options in structure.groups.items()}
     return dataclasses.replace(structure, groups=groups)
 
 
-def on_curve(options: Sequence[GroupOption], points: Sequence[tuple[float, float]]) -> list[GroupOption]:
+def in_one_unit(found: Mapping[str, Sequence[Sequence[float | None]]], *, classes: bool) -> dict[str, list[Point]]:
+    """(predicted, loss) by group from [predicted, noise, divergence]; divergences are scaled to noise by a median."""
+    rows = [
+        (n, p, noise, kl) for n, runs in found.items() for p, noise, kl in runs if p is not None and noise is not None
+    ]
+    ratios = [noise / kl for _, _, noise, kl in rows if kl is not None and kl > LEAST and math.isfinite(noise)]
+    factor = float(np.median(ratios)) if classes and ratios else None
+    points: dict[str, list[Point]] = {}
+    for name, predicted, noise, kl in rows:
+        loss = noise if factor is None or kl is None else factor * kl
+        points.setdefault(name, []).append((predicted, loss))
+    return points
+
+
+def concentrated(points: Mapping[str, Sequence[Point]]) -> dict[str, list[Point]]:
+    """Losses raised to POWER around their median."""
+    losses = [loss for own in points.values() for _, loss in own if loss > LEAST and math.isfinite(loss)]
+    middle = float(np.median(losses)) if losses else 1.0
+    return {n: [(p, middle * (max(loss, 0.0) / middle) ** POWER) for p, loss in own] for n, own in points.items()}
+
+
+def on_curve(options: Sequence[GroupOption], points: Sequence[Point]) -> list[GroupOption]:
     """Options with their predicted loss replaced by the curve through (predicted, measured) points.
 
     Options that cost nothing keep doing so; without points nothing changes. Losses never fall as predictions rise.
@@ -82,21 +112,23 @@ def _picked(options: Sequence[GroupOption]) -> list[GroupOption]:
 
 def _runs(
     problem: Problem, structure: Structure, wanted: Mapping[str, Sequence[GroupOption]], ctx: Context
-) -> dict[str, list[list[float]]]:
-    """[[predicted, measured], ...] by group; a cut that cannot be built or run is left out."""
+) -> dict[str, list[list[float | None]]]:
+    """[[predicted, noise, divergence], ...] by group; a cut that cannot be built or run is left out."""
     problem.progress.start("measuring what narrower groups cost", sum(map(len, wanted.values())))
-    feeds = first_feeds(problem.splits.calibration, BATCHES)
+    feeds = first_feeds(
+        problem.splits.validation, BATCHES
+    )  # what was fitted to the calibration data looks better there
     path = problem.work / "narrower.onnx"
-    found: dict[str, list[list[float]]] = {}
+    found: dict[str, list[list[float | None]]] = {}
     for name, options in wanted.items():
         for option in options:
             try:
                 io.save(_narrowed(problem, structure.sites[name], option.decision, ctx), path)
-                noise: float = problem.worker.call(
-                    child_distance, str(problem.model_path), str(path), feeds, problem.profile.threads,
+                noise, apart = problem.worker.call(
+                    child_divergence, str(problem.model_path), str(path), feeds, problem.profile.threads,
                     doing="running a narrower group",
                 )  # fmt: skip
-                found.setdefault(name, []).append([option.loss, noise])
+                found.setdefault(name, []).append([option.loss, noise, apart])
             except (TechniqueError, RunError) as e:
                 ctx.note(name, f"{option.decision} could not be tried: {e}")
             problem.progress.advance()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -24,6 +26,7 @@ from featherweight.techniques import Context
 from featherweight.techniques._equalise import equalise
 
 PROBE_BATCHES = 12
+MOST_FOR_STATISTICS = 128
 RECOVERS = importlib.util.find_spec("featherweight.recover") is not None
 # Rows of im2col wanted over all calibration data: about five times the longest reduced dimension of usual layers.
 ROWS_WANTED = 6144
@@ -47,7 +50,8 @@ def statistics(problem: Problem) -> Statistics:
     `problem.model` is the equalised model, and the statistics returned are those of it.
     """
     path = problem.work / "statistics.npz"
-    problem.progress.start("reading calibration statistics", problem.splits.calibration.n_batches)
+    most = min(problem.splits.calibration.n_batches, MOST_FOR_STATISTICS)
+    problem.progress.start("reading calibration statistics", most)
     read = read_statistics(problem, problem.model, path)
     problem.model, ready = equalise(problem.model, shrunk(read))
     io.save(problem.model, problem.model_path)
@@ -57,10 +61,10 @@ def statistics(problem: Problem) -> Statistics:
 
 def read_statistics(problem: Problem, model: ir.Model, path: Path) -> Statistics:
     """Statistics of a model over the calibration data, as they are read back from `path` (an npz file)."""
-    batches = problem.splits.calibration.n_batches
+    batches = min(problem.splits.calibration.n_batches, MOST_FOR_STATISTICS)
     stats = collect(
         model,
-        problem.splits.calibration,
+        First(problem.splits.calibration, batches),
         max_positions=min(max(ROWS_WANTED // max(batches, 1), LEAST_POSITIONS), MOST_POSITIONS),
         worker=problem.worker,
         threads=1,
@@ -73,6 +77,18 @@ def read_statistics(problem: Problem, model: ir.Model, path: Path) -> Statistics
     problem.worker.close()  # a fresh child holds none of what the runtime kept from this pass
     # Read back, so that a replay from the saved file sees the same numbers to the bit.
     return Statistics.load(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class First:
+    """The first batches of a dataset: means and ranges settle sooner than what a whole layer is solved from."""
+
+    dataset: Any
+    most: int
+
+    def batches(self) -> Iterator[Any]:
+        """The first `most` batches."""
+        return itertools.islice(self.dataset.batches(), self.most)
 
 
 def context(problem: Problem, stats: Statistics | None) -> Context:

@@ -117,6 +117,42 @@ def child_distance(
     return float(np.mean([output_noise(pair[0].run(f), pair[1].run(f)) for f in feeds]))
 
 
+def divergence(reference: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> float | None:
+    """Mean KL divergence over rows of the float outputs' last axis, in nats; None if no output has classes.
+
+    Rows that are no probabilities count as logits.
+    """
+    found = []
+    for name, y0 in reference.items():
+        if not np.issubdtype(y0.dtype, np.floating) or y0.ndim < 2 or y0.shape[-1] < 2:
+            continue
+        p, q = (log_probabilities(a[name].astype(np.float64)) for a in (reference, other))
+        found.append(float(np.mean((np.exp(p) * (p - q)).sum(axis=-1))))
+    return float(np.mean(found)) if found else None
+
+
+def log_probabilities(rows: np.ndarray) -> np.ndarray:
+    """Log of the softmax along the last axis, or of the rows themselves where they are probabilities."""
+    sums = rows.sum(axis=-1)
+    if (rows >= 0).all() and np.allclose(sums, 1, atol=1e-3):
+        return np.asarray(np.log(np.maximum(rows, 1e-30)))
+    shifted = rows - rows.max(axis=-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
+
+
+def child_divergence(
+    reference_path: str, other_path: str, feeds: Sequence[Mapping[str, np.ndarray]], threads: int
+) -> tuple[float, float | None]:
+    """In the child: output noise and KL divergence of one model against another, averaged over `feeds`."""
+    from featherweight.runtime import ort
+
+    pair = [ort.session(Path(path), threads=threads) for path in (reference_path, other_path)]
+    runs = [(pair[0].run(f), pair[1].run(f)) for f in feeds]
+    apart = [divergence(a, b) for a, b in runs]
+    known = [d for d in apart if d is not None]
+    return float(np.mean([output_noise(a, b) for a, b in runs])), float(np.mean(known)) if known else None
+
+
 def gains(output: Mapping[str, float], local: Mapping[str, float]) -> dict[str, float]:
     """Gain by site; a site that could not be probed, or was not moved by the probe, gets the median gain."""
     known = {s: output[s] / n for s, n in local.items() if s in output and n > 1e-12 and np.isfinite(output[s])}

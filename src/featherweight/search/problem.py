@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from featherweight.search.stage import Staged
 
 MAX_CALIBRATION = 128
+# Solving the weights of a changed structure anew gains from more samples than ranges and rounding do.
+MAX_RECOVERY = 256
 #: Folder inside `work` with the models after their structure stage; a resumed run finds them there.
 STAGES_FOLDER = "structure"
 NORMALISE_FEEDS = 2
@@ -193,7 +195,9 @@ def _opened(
     emptied(work, keep=STAGES_FOLDER if journal.finished("baseline") else "")
     work.mkdir(parents=True, exist_ok=True)
     notes: list[Note] = []
-    splits = _spooled(sources, request, inputs, work, progress, notes)
+    structural = request.goal != "plain-int8" and any(t.stage == "structure" for t in techniques.values())
+    most = MAX_RECOVERY if structural else MAX_CALIBRATION
+    splits = _spooled(sources, request, inputs, work, progress, notes, most)
     progress.start("normalising the graph")
     feeds = first_feeds(splits.calibration, NORMALISE_FEEDS)
     try:
@@ -320,13 +324,21 @@ def _spooled(
     work: Path,
     progress: Progress,
     notes: list[Note],
+    max_calibration: int,
 ) -> fwdata.Splits:
     """Split, then read each part once: checked and written to disk so that it is decoded only once."""
     first, evaluation = sources
     if first.n_batches == 0:
         raise DataError(f"calibration data is empty: {first.source} has no batch")
-    parts = fwdata.split(first, seed=request.seed, max_calibration=MAX_CALIBRATION, evaluation=evaluation)
+    parts = fwdata.split(first, seed=request.seed, max_calibration=max_calibration, evaluation=evaluation)
     notes.extend((*first.notes, *(evaluation.notes if evaluation else ()), *parts.notes))
+    # Data lie sorted by class or date, and some passes read only the first batches: those must be of all kinds.
+    rng = np.random.default_rng(request.seed)
+    for role in ("calibration", "validation"):
+        part = getattr(parts, role)
+        if sum(getattr(parts, other) == part for other in ("calibration", "validation", "holdout")) == 1:
+            mixed = part.subset(rng.permutation(part.n_batches).tolist())
+            parts = dataclasses.replace(parts, **{role: mixed})
     read: dict[str, fwdata.Dataset] = {}
     for role in ("calibration", "validation", "holdout"):
         part = getattr(parts, role)
