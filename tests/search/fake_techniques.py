@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
-from featherweight.core import Action, Site
+from featherweight.core import Action, Site, Stage
 from featherweight.graph import surgery
 from featherweight.graph.channels import KEPT
 from featherweight.graph.weights import weights
@@ -18,7 +19,10 @@ from featherweight.techniques import Context, Estimate, Technique, all_technique
 class PlainSVD:
     """Conv (out, in, k, k) of one group -> Conv (rank, in, k, k), then Conv (out, rank, 1, 1)."""
 
-    name, stage, integer, factors = "plain_svd", "structure", False, 2
+    name: ClassVar[str] = "plain_svd"
+    stage: ClassVar[Stage] = "structure"
+    integer: ClassVar[bool] = False
+    factors: ClassVar[int] = 2
 
     def sites(self, model: ir.Model) -> Iterable[Site]:
         return [
@@ -70,7 +74,9 @@ class PlainSVD:
 class FrontChannels:
     """The channels between `stem` and `body` of the small network: the first `keep` of them stay."""
 
-    name, stage, integer = "front_channels", "structure", False
+    name: ClassVar[str] = "front_channels"
+    stage: ClassVar[Stage] = "structure"
+    integer: ClassVar[bool] = False
     tensors = ("w1", "w2", "w3")
 
     def sites(self, model: ir.Model) -> Iterable[Site]:

@@ -33,7 +33,7 @@ def case(seed: int, k: int, out: int, rows: int = 40) -> tuple[np.ndarray, np.nd
     return rng.standard_normal((out, k)).astype(np.float32), x.T @ x / rows
 
 
-def greedy(weights, seconds, blocks, scales):  # type: ignore[no-untyped-def]
+def greedy(weights, seconds, blocks, scales):
     """The same search by solving every candidate from scratch."""
     units = len(blocks[0])
     gone: list[int] = []

@@ -166,7 +166,7 @@ def test_pivots_are_what_error_feedback_leaves() -> None:
         assert found[i] == pytest.approx(left, rel=1e-4)
 
 
-def first_weight(name: str):  # type: ignore[no-untyped-def]
+def first_weight(name: str):
     small, stats, _ = prepared(name)
     technique = get("sparse")
     site = max(technique.sites(small.model), key=lambda s: s.size_bytes)

@@ -42,9 +42,7 @@ def frontier(search: Search, points: int) -> Result:
     tried = search.front(points)
     best = min(tried, key=drop_of, default=None)
     result = _result(search, best, time.monotonic() - started)
-    return replace(
-        result, report=replace(result.report, outcome="front", reason=f"{len(tried)} sizes were measured")
-    )
+    return replace(result, report=replace(result.report, outcome="front", reason=f"{len(tried)} sizes were measured"))
 
 
 def _result(search: Search, best: Attempt | None, seconds: float) -> Result:
