@@ -1,0 +1,69 @@
+"""Losses of groups on curves through measured cuts, and how two models' class scores are told apart."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from featherweight.core import Decision
+from featherweight.search.curves import POWER, concentrated, in_one_unit, on_curve
+from featherweight.search.options import GroupOption
+from featherweight.search.probe import divergence
+
+
+def options(*losses: float) -> list[GroupOption]:
+    return [GroupOption(Decision("g"), 1 - i / 10, 1 - i / 10, loss) for i, loss in enumerate(losses)]
+
+
+def test_losses_lie_on_the_line_through_two_points():
+    # In logarithms the points (0.01, 0.1) and (0.1, 10) have slope 2.
+    found = on_curve(options(0.0, 0.01, 0.1, 0.0316227766, 0.001, 1.0), [(0.1, 10.0), (0.01, 0.1)])
+    assert [o.loss for o in found] == pytest.approx([0.0, 0.1, 10.0, 1.0, 0.001, 1000.0], rel=1e-6)
+
+
+def test_beyond_the_points_the_slope_is_between_one_and_two():
+    steep = on_curve(options(0.1), [(0.001, 1e-6), (0.01, 1.0)])
+    assert steep[0].loss == pytest.approx(100.0)
+    flat = on_curve(options(0.1), [(0.001, 1.0), (0.01, 1.0)])
+    assert flat[0].loss == pytest.approx(10.0)
+
+
+def test_losses_never_fall_as_cuts_deepen():
+    found = on_curve(options(0.001, 0.01, 0.02, 0.1), [(0.01, 0.5), (0.1, 0.1)])
+    losses = [o.loss for o in found]
+    assert losses == sorted(losses)
+
+
+def test_without_points_the_prediction_stands():
+    assert [o.loss for o in on_curve(options(0.0, 0.3), [])] == [0.0, 0.3]
+
+
+def test_divergences_are_brought_to_the_unit_of_noise():
+    runs = {"a": [[0.1, 0.2, 0.01], [0.2, 0.4, 0.02]], "b": [[0.1, 5.0, 0.001]]}
+    assert in_one_unit(runs, classes=False)["b"] == [(0.1, 5.0)]
+    found = in_one_unit(runs, classes=True)  # ratios 20, 20 and 5000: their median is 20
+    assert found == {"a": [(0.1, pytest.approx(0.2)), (0.2, pytest.approx(0.4))], "b": [(0.1, pytest.approx(0.02))]}
+
+
+def test_a_power_below_one_makes_shallow_cuts_dearer_than_deep_ones():
+    found = concentrated({"a": [(0.1, 1.0), (0.2, 4.0)], "b": [(0.1, 16.0)]})
+    assert found["a"][1][1] == pytest.approx(4.0)  # the median stays
+    assert found["a"][0][1] == pytest.approx(4 * 0.25**POWER)
+    assert found["b"][0][1] == pytest.approx(4 * 4**POWER)
+
+
+def test_divergence_of_logits_and_of_probabilities_agree():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 5, 7))
+    p, q = (np.exp(x) / np.exp(x).sum(axis=-1, keepdims=True) for x in (a, b))
+    expected = float(np.mean((p * np.log(p / q)).sum(axis=-1)))
+    assert divergence({"y": a}, {"y": b}) == pytest.approx(expected)
+    assert divergence({"y": p}, {"y": q}) == pytest.approx(expected)
+    assert divergence({"y": a}, {"y": a}) == pytest.approx(0.0)
+
+
+def test_outputs_without_classes_have_no_divergence():
+    assert divergence({"y": np.ones(3)}, {"y": np.ones(3)}) is None
+    assert math.isfinite(divergence({"y": np.ones((1, 2))}, {"y": np.zeros((1, 2))}) or 0.0)
