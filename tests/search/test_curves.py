@@ -14,7 +14,7 @@ from featherweight.search.probe import divergence
 
 
 def options(*losses: float) -> list[GroupOption]:
-    return [GroupOption(Decision("g"), 1 - i / 10, 1 - i / 10, loss) for i, loss in enumerate(losses)]
+    return [GroupOption(Decision("g"), 1 - i / 10, 1 - i / 10, loss, 1 - i / 10) for i, loss in enumerate(losses)]
 
 
 def test_losses_lie_on_the_line_through_two_points():
