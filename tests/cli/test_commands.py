@@ -50,6 +50,7 @@ def test_unknown_command_is_a_usage_error_with_a_near_name(run: Run) -> None:
 def test_compress_passes_everything_on(pipeline: Any, run: Run, tmp_path: Path) -> None:
     options = """
         --calibration c.npz --metric top5 --max-size 25% --max-latency 60% --max-peak-memory 50MB --max-drop 1%
+        --max-macs 70%
         --minimize latency --techniques static_int8,palette --keep-float /head/* --keep-float stem --preprocess lite0
         --tokenizer t.json --batch-size 4 --target portable --threads 2 --time-budget 10m --seed 7 --resume
         --save-anyway --max-candidates 5
@@ -62,6 +63,7 @@ def test_compress_passes_everything_on(pipeline: Any, run: Run, tmp_path: Path) 
     assert asked == {
         "calibration": "c.npz",
         "metric": "top5",
+        "max_macs": "70%",
         "max_size": "25%",
         "max_latency": "60%",
         "max_peak_memory": "50MB",
