@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from featherweight.core import Decision
-from featherweight.search.curves import POWER, concentrated, in_one_unit, on_curve
+from featherweight.search.curves import in_one_unit, on_curve
 from featherweight.search.options import GroupOption
 from featherweight.search.probe import divergence
 
@@ -44,14 +44,8 @@ def test_divergences_are_brought_to_the_unit_of_noise():
     runs = {"a": [[0.1, 0.2, 0.01], [0.2, 0.4, 0.02]], "b": [[0.1, 5.0, 0.001]]}
     assert in_one_unit(runs, classes=False)["b"] == [(0.1, 5.0)]
     found = in_one_unit(runs, classes=True)  # ratios 20, 20 and 5000: their median is 20
-    assert found == {"a": [(0.1, pytest.approx(0.2)), (0.2, pytest.approx(0.4))], "b": [(0.1, pytest.approx(0.02))]}
-
-
-def test_a_power_below_one_makes_shallow_cuts_dearer_than_deep_ones():
-    found = concentrated({"a": [(0.1, 1.0), (0.2, 4.0)], "b": [(0.1, 16.0)]})
-    assert found["a"][1][1] == pytest.approx(4.0)  # the median stays
-    assert found["a"][0][1] == pytest.approx(4 * 0.25**POWER)
-    assert found["b"][0][1] == pytest.approx(4 * 4**POWER)
+    assert [loss for _, loss in found["a"]] == pytest.approx([0.2, 0.4])
+    assert [loss for _, loss in found["b"]] == pytest.approx([0.02])
 
 
 def test_divergence_of_logits_and_of_probabilities_agree():

@@ -6,9 +6,8 @@ So each group is cut alone at a few widths and run. Between these the loss follo
 line in logarithms; beyond them on its slope, held between 1 (errors add) and 2 (they also meet each other).
 
 Where the outputs are class scores the runs are compared by the divergence of their probabilities, as noise on
-scores that decide nothing costs nothing; it is brought to the unit of noise by one factor. Losses of several groups
-come to more than their sum, since each fades the signal in the same direction. A power below 1 makes the program
-prefer few deep cuts to many shallow ones.
+scores that decide nothing costs nothing; it is brought to the unit of noise by one factor. Of other outputs only what
+the metric reads is compared (the mean over a text's tokens, not its padding).
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ import onnx_ir as ir
 from featherweight.core import Action, Decision, Site
 from featherweight.errors import RunError, TechniqueError
 from featherweight.graph import io
+from featherweight.runtime.metrics import Metric
 from featherweight.search.options import GroupOption, Structure
 from featherweight.search.probe import child_divergence
 from featherweight.search.problem import Problem, first_feeds
@@ -34,20 +34,21 @@ SHARES = (0.8, 0.4)
 BATCHES = 24
 SLOPES = (1.0, 2.0)
 LEAST = 1e-9
+CLASS_METRICS = frozenset({"accuracy", "top5", "agreement", "kl"})
 Point = tuple[float, float]
-POWER = 0.75
 
 
-def measured(problem: Problem, structure: Structure, ctx: Context, *, classes: bool) -> Structure:
+def measured(problem: Problem, structure: Structure, ctx: Context, metric: Metric) -> Structure:
     """The structure with the losses of its groups put on measured curves; the runs are kept in the journal.
 
-    `classes`: the model is judged by which class it names.
+    `metric`: how the model is judged; where classes decide, their probabilities are compared.
     """
+    classes = metric.name in CLASS_METRICS
     wanted = {name: _picked(options) for name, options in structure.groups.items() if len(options) > 1}
     found: dict[str, list[list[float | None]]] = problem.journal.phase(
-        "losses of groups", lambda: _runs(problem, structure, wanted, ctx)
+        "losses of groups", lambda: _runs(problem, structure, wanted, ctx, metric)
     )
-    points = concentrated(in_one_unit(found, classes=classes))
+    points = in_one_unit(found, classes=classes)
     groups = {name: on_curve(options, points.get(name, ())) for name, options in structure.groups.items()}
     return dataclasses.replace(structure, groups=groups)
 
@@ -64,13 +65,6 @@ def in_one_unit(found: Mapping[str, Sequence[Sequence[float | None]]], *, classe
         loss = noise if factor is None or kl is None else factor * kl
         points.setdefault(name, []).append((predicted, loss))
     return points
-
-
-def concentrated(points: Mapping[str, Sequence[Point]]) -> dict[str, list[Point]]:
-    """Losses raised to POWER around their median."""
-    losses = [loss for own in points.values() for _, loss in own if loss > LEAST and math.isfinite(loss)]
-    middle = float(np.median(losses)) if losses else 1.0
-    return {n: [(p, middle * (max(loss, 0.0) / middle) ** POWER) for p, loss in own] for n, own in points.items()}
 
 
 def on_curve(options: Sequence[GroupOption], points: Sequence[Point]) -> list[GroupOption]:
@@ -111,7 +105,11 @@ def _picked(options: Sequence[GroupOption]) -> list[GroupOption]:
 
 
 def _runs(
-    problem: Problem, structure: Structure, wanted: Mapping[str, Sequence[GroupOption]], ctx: Context
+    problem: Problem,
+    structure: Structure,
+    wanted: Mapping[str, Sequence[GroupOption]],
+    ctx: Context,
+    metric: Metric,
 ) -> dict[str, list[list[float | None]]]:
     """[[predicted, noise, divergence], ...] by group; a cut that cannot be built or run is left out."""
     problem.progress.start("measuring what narrower groups cost", sum(map(len, wanted.values())))
@@ -125,7 +123,7 @@ def _runs(
             try:
                 io.save(_narrowed(problem, structure.sites[name], option.decision, ctx), path)
                 noise, apart = problem.worker.call(
-                    child_divergence, str(problem.model_path), str(path), feeds, problem.profile.threads,
+                    child_divergence, str(problem.model_path), str(path), feeds, problem.profile.threads, metric,
                     doing="running a narrower group",
                 )  # fmt: skip
                 found.setdefault(name, []).append([option.loss, noise, apart])

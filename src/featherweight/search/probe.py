@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from featherweight.graph import surgery
 from featherweight.graph.weights import Weight
+from featherweight.runtime.metrics import Metric
 
 PROBE_BITS = 4
 MIN_GAIN = 1e-4
@@ -141,13 +142,13 @@ def log_probabilities(rows: np.ndarray) -> np.ndarray:
 
 
 def child_divergence(
-    reference_path: str, other_path: str, feeds: Sequence[Mapping[str, np.ndarray]], threads: int
+    reference_path: str, other_path: str, feeds: Sequence[Mapping[str, np.ndarray]], threads: int, metric: Metric
 ) -> tuple[float, float | None]:
-    """In the child: output noise and KL divergence of one model against another, averaged over `feeds`."""
+    """In the child: noise and KL divergence of one model against another in what `metric` reads, over `feeds`."""
     from featherweight.runtime import ort
 
     pair = [ort.session(Path(path), threads=threads) for path in (reference_path, other_path)]
-    runs = [(pair[0].run(f), pair[1].run(f)) for f in feeds]
+    runs = [tuple(metric.select(session.run(f), f) for session in pair) for f in feeds]
     apart = [divergence(a, b) for a, b in runs]
     known = [d for d in apart if d is not None]
     return float(np.mean([output_noise(a, b) for a, b in runs])), float(np.mean(known)) if known else None

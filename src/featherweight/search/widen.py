@@ -42,7 +42,6 @@ MOST_CORRECTIONS = 6
 #: Batches on which the noise of a changed structure is measured.
 NOISE_BATCHES = 32
 SMALLEST_STEP = 1.3
-CLASS_METRICS = frozenset({"accuracy", "top5", "agreement", "kl"})
 SCALES = (0.02, 50.0)
 #: What many changes lose together over the sum of what each loses alone, before it is measured: about three on
 #: EfficientNet-Lite0, where too small a guess costs a structure that is built for nothing.
@@ -124,8 +123,7 @@ class Wider:
         """The same, with the losses of groups on curves through a few real cuts."""
         if self.estimated.empty:
             return self.estimated
-        classes = self.known.metric.name in CLASS_METRICS
-        return curves.measured(self.problem, self.estimated, self._ctx(), classes=classes)
+        return curves.measured(self.problem, self.estimated, self._ctx(), self.known.metric)
 
     def _ctx(self) -> Context:
         return dataclasses.replace(self.found.ground.ctx, gains=self.gains)
