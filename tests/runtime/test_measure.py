@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -72,9 +73,10 @@ def test_memory_sees_the_weights(tmp_path):
 
 def test_the_sampling_watch_sees_a_peak_too(monkeypatch):
     monkeypatch.setattr(measure, "_status", lambda field: None)
+    gc.collect()  # what earlier tests left must not be freed while this one watches
     before = measure._rss_bytes()
     with measure.PeakWatch() as watch:
-        block = np.ones(64 << 20, np.uint8)
+        block = np.ones(256 << 20, np.uint8)
         end = 0
         while watch.peak_bytes < before + (60 << 20) and end < 2000:
             end += 1
