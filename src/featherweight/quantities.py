@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 
 from featherweight.errors import BudgetError
 
@@ -57,22 +58,9 @@ def parse_size(text: str | int | float, original_bytes: int | None = None) -> in
     Raises:
         BudgetError: not a size, not above zero, or a percentage of an unknown original.
     """
-    if isinstance(text, str):
-        number, unit = _split(text, "a size", "'5MB', '4.5MiB' or '25%'")
-        if unit == "%":
-            if original_bytes is None:
-                raise BudgetError(f"a size in percent needs an original to compare with, but got {text!r} alone")
-            size = number * original_bytes / 100
-        elif unit.lower() in SIZE_UNITS:
-            size = number * SIZE_UNITS[unit.lower()]
-        else:
-            raise BudgetError(f"the unit of a size must be B, kB, MB, GB, KiB, MiB, GiB or %, but got {text!r}")
-    else:
-        size = _finite(text, "a size")
-    whole = math.floor(size + 1e-6)  # 1.1 kB is 1100.0000000000002 B
-    if whole < 1:
-        raise BudgetError(f"a size must be at least 1 B, but got {text!r}; for a part of the original write '25%'")
-    return whole
+    return _amount(
+        text, original_bytes, "a size", SIZE_UNITS, "B, kB, MB, GB, KiB, MiB, GiB or %", "'5MB', '4.5MiB' or '25%'"
+    )
 
 
 def parse_count(text: str | int | float, original: int | None = None) -> int:
@@ -81,22 +69,30 @@ def parse_count(text: str | int | float, original: int | None = None) -> int:
     Raises:
         BudgetError: not a count, not above zero, or a percentage of an unknown original.
     """
+    return _amount(text, original, "a count", COUNT_UNITS, "k, M, G, T or %", "'300M' or '70%'")
+
+
+def _amount(
+    text: str | int | float, whole: int | None, what: str, units: Mapping[str, int], listed: str, examples: str
+) -> int:
+    """A number with one of `units`, or a percentage of `whole`, rounded down; at least 1."""
     if isinstance(text, str):
-        number, unit = _split(text, "a count", "'300M' or '70%'")
+        number, unit = _split(text, what, examples)
         if unit == "%":
-            if original is None:
-                raise BudgetError(f"a count in percent needs an original to compare with, but got {text!r} alone")
-            count = number * original / 100
-        elif unit.lower() in COUNT_UNITS:
-            count = number * COUNT_UNITS[unit.lower()]
+            if whole is None:
+                raise BudgetError(f"{what} in percent needs an original to compare with, but got {text!r} alone")
+            amount = number * whole / 100
+        elif unit.lower() in units:
+            amount = number * units[unit.lower()]
         else:
-            raise BudgetError(f"the unit of a count must be k, M, G, T or %, but got {text!r}; write it like '300M'")
+            raise BudgetError(f"the unit of {what} must be {listed}, but got {text!r}; write it like {examples}")
     else:
-        count = _finite(text, "a count")
-    whole = math.floor(count + 1e-6)
-    if whole < 1:
-        raise BudgetError(f"a count must be at least 1, but got {text!r}; for a part of the original write '70%'")
-    return whole
+        amount = _finite(text, what)
+    found = math.floor(amount + 1e-6)  # 1.1 kB is 1100.0000000000002 B
+    if found < 1:
+        least = "1 B" if what == "a size" else "1"
+        raise BudgetError(f"{what} must be at least {least}, but got {text!r}; for a part of the original write '25%'")
+    return found
 
 
 def parse_latency(text: str | int | float) -> tuple[float | None, float | None]:

@@ -13,13 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from featherweight.core import Action, Scalar, Site
+from featherweight.core import Action, Scalar, Site, Stage
 from featherweight.errors import TechniqueError
 from featherweight.graph.weights import Role, Weight, WeightUse, weights
 from featherweight.stats import Statistics
@@ -326,3 +326,32 @@ def _params(method: Method, action: Action) -> Params:
             raise TechniqueError(f"{name} of {method.name} must be a whole number >= 1, but got {value!r}")
         found.append(value)
     return tuple(found)
+
+
+class Decomposition:
+    """A technique that is one Method: a subclass gives its name, the number of its factors, and the method."""
+
+    name: ClassVar[str]
+    stage: ClassVar[Stage] = "structure"
+    integer: ClassVar[bool] = False
+    factors: ClassVar[int]
+    method: ClassVar[Method]
+
+    def sites(self, model: ir.Model) -> Iterator[Site]:
+        """Stored weights of the right kind, in sub-graphs too."""
+        return sites(self.method, model)
+
+    def options(self, model: ir.Model, site: Site, ctx: Context) -> list[Action]:
+        """A few sizes below the break-even; none, with a note, where none is worth its error."""
+        return options(self.method, model, site, ctx)
+
+    def estimate(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> Estimate:
+        """Bytes and operations from shapes; noise in closed form."""
+        return estimate(self.method, model, site, action, ctx)
+
+    def apply(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> tuple[Site, ...]:
+        """Replace the layer by its factors, a site each."""
+        return apply(self.method, model, site, action, ctx)
+
+    def finish(self, model: ir.Model, ctx: Context) -> None:
+        """Nothing is left to do."""

@@ -7,48 +7,17 @@ then the best one for the data in closed form. Each rank is a decomposition of i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import numpy as np
-import onnx_ir as ir
 
-from featherweight.core import Action, Site, Stage
 from featherweight.graph.weights import Weight, WeightUse
-from featherweight.techniques import _factor_conv, _factor_site
+from featherweight.techniques import _factor_conv
 from featherweight.techniques._factor import F64, onto, spread
 from featherweight.techniques._factor_graph import Link, conv_link, point_link, window
-from featherweight.techniques._factor_site import Layer, Method, Params, Solved
-from featherweight.techniques._protocol import Context, Estimate, Technique
-
-
-class ConvCp:
-    """See the module's text. Sites are the stored kernels of Conv of more than one position, in sub-graphs too."""
-
-    name: ClassVar[str] = "conv_cp"
-    stage: ClassVar[Stage] = "structure"
-    integer: ClassVar[bool] = False
-    factors: ClassVar[int] = 4
-
-    def sites(self, model: ir.Model) -> Iterable[Site]:
-        """Every kernel of more than one position."""
-        return _factor_site.sites(METHOD, model)
-
-    def options(self, model: ir.Model, site: Site, ctx: Context) -> Iterable[Action]:
-        """Up to four ranks below the break-even."""
-        return _factor_site.options(METHOD, model, site, ctx)
-
-    def estimate(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> Estimate:
-        """Bytes and operations from shapes; noise is the error of the best last layer for the ones before it."""
-        return _factor_site.estimate(METHOD, model, site, action, ctx)
-
-    def apply(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> tuple[Site, ...]:
-        """Replace the layer by a chain."""
-        return _factor_site.apply(METHOD, model, site, action, ctx)
-
-    def finish(self, model: ir.Model, ctx: Context) -> None:
-        """Nothing is left to do."""
-
+from featherweight.techniques._factor_site import Decomposition, Layer, Method, Params, Solved
+from featherweight.techniques._protocol import Technique
 
 SHARES = (0.8, 0.5, 0.3, 0.18)
 
@@ -121,4 +90,14 @@ def _links(weight: Weight, params: Params) -> Callable[[WeightUse], Sequence[Lin
 
 
 METHOD = Method("conv_cp", ("rank",), frozenset({"conv"}), True, _why, _propose, _shapes, _errors, _solve, _links)
+
+
+class ConvCp(Decomposition):
+    """See the module's text. Sites are the stored kernels of Conv of more than one position, in sub-graphs too."""
+
+    name: ClassVar[str] = "conv_cp"
+    factors: ClassVar[int] = 4
+    method: ClassVar[Method] = METHOD
+
+
 TECHNIQUE: Technique = ConvCp()

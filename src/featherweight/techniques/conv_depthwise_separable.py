@@ -8,48 +8,17 @@ over all inputs where the layer is small enough. The 1 x 1 is always the best on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import numpy as np
-import onnx_ir as ir
 
-from featherweight.core import Action, Site, Stage
 from featherweight.graph.weights import Weight, WeightUse
-from featherweight.techniques import _factor_conv, _factor_site
+from featherweight.techniques import _factor_conv
 from featherweight.techniques._factor import F64, onto, spread
 from featherweight.techniques._factor_graph import Link, conv_link, point_link, window
-from featherweight.techniques._factor_site import Layer, Method, Params, Solved
-from featherweight.techniques._protocol import Context, Estimate, Technique
-
-
-class ConvDepthwiseSeparable:
-    """See the module's text. Sites are the stored kernels of Conv of more than one position, in sub-graphs too."""
-
-    name: ClassVar[str] = "conv_depthwise_separable"
-    stage: ClassVar[Stage] = "structure"
-    integer: ClassVar[bool] = False
-    factors: ClassVar[int] = 2
-
-    def sites(self, model: ir.Model) -> Iterable[Site]:
-        """Every kernel of more than one position."""
-        return _factor_site.sites(METHOD, model)
-
-    def options(self, model: ir.Model, site: Site, ctx: Context) -> Iterable[Action]:
-        """One, two, ... filters a channel, as long as that saves anything."""
-        return _factor_site.options(METHOD, model, site, ctx)
-
-    def estimate(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> Estimate:
-        """Bytes and operations from shapes; noise is the error of the best 1 x 1 layer for the filters."""
-        return _factor_site.estimate(METHOD, model, site, action, ctx)
-
-    def apply(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> tuple[Site, ...]:
-        """Replace the layer by two."""
-        return _factor_site.apply(METHOD, model, site, action, ctx)
-
-    def finish(self, model: ir.Model, ctx: Context) -> None:
-        """Nothing is left to do."""
-
+from featherweight.techniques._factor_site import Decomposition, Layer, Method, Params, Solved
+from featherweight.techniques._protocol import Technique
 
 MOST = 6
 
@@ -127,4 +96,14 @@ METHOD = Method(
     _solve,
     _links,
 )
+
+
+class ConvDepthwiseSeparable(Decomposition):
+    """See the module's text. Sites are the stored kernels of Conv of more than one position, in sub-graphs too."""
+
+    name: ClassVar[str] = "conv_depthwise_separable"
+    factors: ClassVar[int] = 2
+    method: ClassVar[Method] = METHOD
+
+
 TECHNIQUE: Technique = ConvDepthwiseSeparable()

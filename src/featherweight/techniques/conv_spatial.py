@@ -7,48 +7,17 @@ inputs' second moments; the second layer, along the other axes, is the best one 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import numpy as np
-import onnx_ir as ir
 
-from featherweight.core import Action, Site, Stage
 from featherweight.graph.weights import Weight, WeightUse
-from featherweight.techniques import _factor_conv, _factor_site
+from featherweight.techniques import _factor_conv
 from featherweight.techniques._factor import F64, Onto, onto
 from featherweight.techniques._factor_graph import Link, conv_link, window
-from featherweight.techniques._factor_site import Layer, Method, Params, Solved, ladder
-from featherweight.techniques._protocol import Context, Estimate, Technique
-
-
-class ConvSpatial:
-    """See the module's text. Sites are the stored kernels of Conv of more than one position, in sub-graphs too."""
-
-    name: ClassVar[str] = "conv_spatial"
-    stage: ClassVar[Stage] = "structure"
-    integer: ClassVar[bool] = False
-    factors: ClassVar[int] = 2
-
-    def sites(self, model: ir.Model) -> Iterable[Site]:
-        """Every kernel of more than one position."""
-        return _factor_site.sites(METHOD, model)
-
-    def options(self, model: ir.Model, site: Site, ctx: Context) -> Iterable[Action]:
-        """About six ranks below the break-even."""
-        return _factor_site.options(METHOD, model, site, ctx)
-
-    def estimate(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> Estimate:
-        """Bytes and operations from shapes; noise is the error of the best second layer for the first's filters."""
-        return _factor_site.estimate(METHOD, model, site, action, ctx)
-
-    def apply(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> tuple[Site, ...]:
-        """Replace the layer by two."""
-        return _factor_site.apply(METHOD, model, site, action, ctx)
-
-    def finish(self, model: ir.Model, ctx: Context) -> None:
-        """Nothing is left to do."""
-
+from featherweight.techniques._factor_site import Decomposition, Layer, Method, Params, Solved, ladder
+from featherweight.techniques._protocol import Technique
 
 #: Depthwise kernels up to this size: two layers took 0.97 to 1.12 times as long as one in ONNX Runtime on one core
 #: (3 x 3, 32 to 480 channels), while 5 x 5 ones took 0.7 to 0.8 times as long.
@@ -132,4 +101,14 @@ def _links(weight: Weight, _: Params) -> Callable[[WeightUse], Sequence[Link]]:
 
 
 METHOD = Method("conv_spatial", ("rank",), frozenset({"conv"}), True, _why, _propose, _shapes, _errors, _solve, _links)
+
+
+class ConvSpatial(Decomposition):
+    """See the module's text. Sites are the stored kernels of Conv of more than one position, in sub-graphs too."""
+
+    name: ClassVar[str] = "conv_spatial"
+    factors: ClassVar[int] = 2
+    method: ClassVar[Method] = METHOD
+
+
 TECHNIQUE: Technique = ConvSpatial()

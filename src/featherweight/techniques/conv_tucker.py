@@ -8,48 +8,17 @@ An `out_rank` of all output channels leaves the last layer out.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import numpy as np
-import onnx_ir as ir
 
-from featherweight.core import Action, Site, Stage
 from featherweight.graph.weights import Weight, WeightUse
-from featherweight.techniques import _factor_conv, _factor_site
+from featherweight.techniques import _factor_conv
 from featherweight.techniques._factor import F64, Onto, Pair, onto, pair, tail
 from featherweight.techniques._factor_graph import Link, conv_link, point_link, window
-from featherweight.techniques._factor_site import Layer, Method, Params, Solved, ladder
-from featherweight.techniques._protocol import Context, Estimate, Technique
-
-
-class ConvTucker:
-    """See the module's text. Sites are the stored kernels of Conv of more than one position, in sub-graphs too."""
-
-    name: ClassVar[str] = "conv_tucker"
-    stage: ClassVar[Stage] = "structure"
-    integer: ClassVar[bool] = False
-    factors: ClassVar[int] = 3
-
-    def sites(self, model: ir.Model) -> Iterable[Site]:
-        """Every kernel of more than one position."""
-        return _factor_site.sites(METHOD, model)
-
-    def options(self, model: ir.Model, site: Site, ctx: Context) -> Iterable[Action]:
-        """About six pairs of ranks: for each share of the bytes the pair with the least error."""
-        return _factor_site.options(METHOD, model, site, ctx)
-
-    def estimate(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> Estimate:
-        """Bytes and operations from shapes; noise is what the two projections leave out."""
-        return _factor_site.estimate(METHOD, model, site, action, ctx)
-
-    def apply(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> tuple[Site, ...]:
-        """Replace the layer by three (two where `out_rank` is all output channels)."""
-        return _factor_site.apply(METHOD, model, site, action, ctx)
-
-    def finish(self, model: ir.Model, ctx: Context) -> None:
-        """Nothing is left to do."""
-
+from featherweight.techniques._factor_site import Decomposition, Layer, Method, Params, Solved, ladder
+from featherweight.techniques._protocol import Technique
 
 SHARES = (0.85, 0.6, 0.42, 0.3, 0.2, 0.14)
 
@@ -165,4 +134,14 @@ def _links(weight: Weight, params: Params) -> Callable[[WeightUse], Sequence[Lin
 METHOD = Method(
     "conv_tucker", ("in_rank", "out_rank"), frozenset({"conv"}), True, _why, _propose, _shapes, _errors, _solve, _links
 )
+
+
+class ConvTucker(Decomposition):
+    """See the module's text. Sites are the stored kernels of Conv of more than one position, in sub-graphs too."""
+
+    name: ClassVar[str] = "conv_tucker"
+    factors: ClassVar[int] = 3
+    method: ClassVar[Method] = METHOD
+
+
 TECHNIQUE: Technique = ConvTucker()

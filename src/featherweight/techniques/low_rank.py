@@ -7,47 +7,16 @@ error goes into the bias, so where there is one C is the covariance. One decompo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import numpy as np
-import onnx_ir as ir
 
-from featherweight.core import Action, Site, Stage
 from featherweight.graph.weights import Weight, WeightUse
-from featherweight.techniques import _factor_site
 from featherweight.techniques._factor import F64, pair, tail
 from featherweight.techniques._factor_graph import Link, conv_link, point_link, window
-from featherweight.techniques._factor_site import EXACT, Layer, Method, Params, Solved, ladder
-from featherweight.techniques._protocol import Context, Estimate, Technique
-
-
-class LowRank:
-    """See the module's text. Sites are the stored weights of matrix products and convolutions, in sub-graphs too."""
-
-    name: ClassVar[str] = "low_rank"
-    stage: ClassVar[Stage] = "structure"
-    integer: ClassVar[bool] = False
-    factors: ClassVar[int] = 2
-
-    def sites(self, model: ir.Model) -> Iterable[Site]:
-        """Every weight of a matrix product or a convolution."""
-        return _factor_site.sites(METHOD, model)
-
-    def options(self, model: ir.Model, site: Site, ctx: Context) -> Iterable[Action]:
-        """About six ranks below the break-even, and the weight's exact rank if that is lower than its size."""
-        return _factor_site.options(METHOD, model, site, ctx)
-
-    def estimate(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> Estimate:
-        """Bytes and operations from shapes; noise is what the singular values left out hold."""
-        return _factor_site.estimate(METHOD, model, site, action, ctx)
-
-    def apply(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> tuple[Site, ...]:
-        """Replace the layer by two; `rank` is at most that of the matrix."""
-        return _factor_site.apply(METHOD, model, site, action, ctx)
-
-    def finish(self, model: ir.Model, ctx: Context) -> None:
-        """Nothing is left to do."""
+from featherweight.techniques._factor_site import EXACT, Decomposition, Layer, Method, Params, Solved, ladder
+from featherweight.techniques._protocol import Technique
 
 
 def _why(weight: Weight) -> str:
@@ -135,4 +104,14 @@ METHOD = Method(
     _solve,
     _links,
 )
+
+
+class LowRank(Decomposition):
+    """See the module's text. Sites are the stored weights of matrix products and convolutions, in sub-graphs too."""
+
+    name: ClassVar[str] = "low_rank"
+    factors: ClassVar[int] = 2
+    method: ClassVar[Method] = METHOD
+
+
 TECHNIQUE: Technique = LowRank()
