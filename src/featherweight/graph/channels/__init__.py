@@ -1,9 +1,9 @@
 """The channel-index engine: which channels of a model can be removed, and removing them for real.
 
 Every operator says how the index sets of its inputs' axes map to its outputs' and parameters' (the rules in
-`elementwise`, `reshaping`, `selecting`, `contracting`, `recurrent`); what is coupled through any composition of them
-forms units and groups. What cannot be followed is frozen, with the reason. The idea of dependency groups is that of
-DepGraph (Fang 2023, arXiv:2301.12900); here they are found element by element instead of by layer type.
+`elementwise`, `reshaping`, `selecting`, `summing`, `contracting`, `recurrent`); what is coupled through any composition
+of them forms units and groups. What cannot be followed is frozen, with the reason. The idea of dependency groups is
+that of DepGraph (Fang 2023, arXiv:2301.12900); here they are found element by element instead of by layer type.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from collections.abc import Iterable, Mapping
 
 import onnx_ir as ir
 
-from featherweight.graph.channels import contracting, elementwise, recurrent, reshaping, selecting
+from featherweight.graph.channels import contracting, elementwise, recurrent, reshaping, selecting, summing
 from featherweight.graph.channels.cutting import KEPT, IllegalCutError, cut_slots, kept
 from featherweight.graph.channels.follow import Rule, concrete, follow
 from featherweight.graph.channels.groups import Channels, Group, Reading, grouped, repaired
 
 RULES: dict[str, Rule] = {
     **elementwise.RULES, **reshaping.RULES, **selecting.RULES, **contracting.RULES, **recurrent.RULES,
+    **summing.RULES,
 }  # fmt: skip
 
 __all__ = [

@@ -42,15 +42,9 @@ class Elementwise:
                 f.slots.tie(f.summed[value], f.where(node), "a sum over these channels is combined with them again")
             if value in f.at:
                 f.slots.link(lined_up(f.at[value], lead.ndim), lead)
-                self._see_plain_axes(node, f, value, lead)
             else:
                 f.follow_constant(node, index, lead)
         f.carry(out, lead)
-
-    def _see_plain_axes(self, node: ir.Node, f: Following, value: ir.Value, lead: I64) -> None:
-        """An operand with channels on one axis and full size on another of the lead's: those cannot be cut apart."""
-        if f.dims(value) is None:
-            f.slots.freeze(lead, f.where(node), "meets a value of unknown shape")
 
     def cut(self, node: ir.Node, c: Cutting) -> None:
         """What is left of the lead is what is left of the output; every other operand must agree."""
