@@ -6,7 +6,7 @@ import pytest
 from featherweight.graph import channels as ch
 from featherweight.graph import io, surgery
 from featherweight.graph.normalise import normalise
-from featherweight.recover import recovered
+from featherweight.recover import recover
 from featherweight.runtime import ort
 from graph.channels.masking import chosen
 from graph.channels.random_graphs import IMAGE_BLOCKS, TOKEN_BLOCKS, build
@@ -39,7 +39,7 @@ def test_no_construct_gets_worse(block: str) -> None:
     fresh = feeds(feed, 99, 40)
     want = output(model, fresh)
     before = float(((output(reduced, fresh) - want) ** 2).mean())
-    recovered(model, reduced, feeds(feed, 1, 80), worker=InProcess())
+    recover(model, reduced, feeds(feed, 1, 80), worker=InProcess())
     after = float(((output(reduced, fresh) - want) ** 2).mean())
     assert np.isfinite(after)
     assert after <= before * 1.02 + 1e-9

@@ -9,7 +9,7 @@ import pytest
 from featherweight.errors import DataError
 from featherweight.graph import io, surgery
 from featherweight.graph.channels import KEPT
-from featherweight.recover import recover, recovered
+from featherweight.recover import recover
 from featherweight.runtime import ort
 
 
@@ -88,7 +88,7 @@ def test_removed_inputs_that_are_mixtures_of_the_others_are_made_up_for_exactly(
     reduced = cut(original, {"h": "1:0,1,2,3,4,5"}, w1=w1[:6], b1=b1[:6], w2=w2[:, :6])
     feeds = rows((40, 6))
     assert error(original, reduced, feeds) > 0.1
-    assert recover(original, reduced, feeds, worker=InProcess()) is reduced
+    assert recover(original, reduced, feeds, worker=InProcess()).model is reduced
     assert error(original, reduced, rows((50, 6), seed=9)) < 1e-8
 
 
@@ -96,10 +96,10 @@ def test_layers_that_nothing_reached_are_not_touched():
     rng = np.random.default_rng(1)
     arrays = {"w1": rng.normal(size=(8, 6)), "b1": rng.normal(size=8), "w2": rng.normal(size=(3, 8)), "b2": np.zeros(3)}
     original = model(TWO, **arrays)
-    same = recovered(original, cut(original), rows((10, 6)), worker=InProcess())
+    same = recover(original, cut(original), rows((10, 6)), worker=InProcess())
     assert same.solved == ()
     reduced = cut(original, {"h": "1:0,1,2"}, w1=arrays["w1"][:3], b1=arrays["b1"][:3], w2=arrays["w2"][:, :3])
-    solved = recovered(original, reduced, rows((10, 6)), worker=InProcess()).solved
+    solved = recover(original, reduced, rows((10, 6)), worker=InProcess()).solved
     assert [s.weight for s in solved] == ["w2"]
     assert np.array_equal(surgery.constant(reduced.graph.initializers["w1"]), arrays["w1"][:3].astype(np.float32))
 
@@ -142,7 +142,7 @@ def test_gemm_with_factors_and_matmul_with_its_sum():
     arrays = {"w1": rng.normal(size=(6, 8)), "b1": rng.normal(size=8), "w2": rng.normal(size=(8, 4)), "b2": np.ones(4)}
     original = model(text, **arrays)
     reduced = cut(original, w1=arrays["w1"] * 0.1, b1=arrays["b1"] * 0, b2=np.zeros(4))
-    got = recovered(original, reduced, rows((40, 6)), worker=InProcess())
+    got = recover(original, reduced, rows((40, 6)), worker=InProcess())
     assert [s.target for s in got.solved] == ["h", "y"]
     assert error(original, reduced, rows((50, 6), seed=9)) < 1e-8
 
@@ -201,7 +201,7 @@ def test_a_residual_branch_takes_over_the_error_of_the_other_operand():
     # Half of the shortcut is lost in a node that has no weights to solve.
     reduced = cut(original)
     faded(reduced, "s", np.float32(0.5))
-    got = recovered(original, reduced, rows((40, 6)), worker=InProcess())
+    got = recover(original, reduced, rows((40, 6)), worker=InProcess())
     assert [s.target for s in got.solved] == ["y"]
     assert error(original, reduced, rows((50, 6), seed=9)) < 1e-8
     want = arrays["w1"] + 0.5 * arrays["w0"].T
@@ -236,7 +236,7 @@ def test_few_bytes_take_fewer_samples_and_say_so():
     w1, b1, w2, b2 = rng.normal(size=(8, 6)), rng.normal(size=8), rng.normal(size=(3, 8)), rng.normal(size=3)
     original = model(TWO, w1=w1, b1=b1, w2=w2, b2=b2)
     reduced = cut(original, {"h": "1:0,1,2,3"}, w1=w1[:4], b1=b1[:4], w2=w2[:, :4])
-    got = recovered(original, reduced, rows((16, 6), 64), worker=InProcess(), max_bytes=16 * 6 * 4 * 12)
+    got = recover(original, reduced, rows((16, 6), 64), worker=InProcess(), max_bytes=16 * 6 * 4 * 12)
     assert "of 1024 samples" in got.notes[0].text
 
 
@@ -247,7 +247,7 @@ def test_the_same_seed_gives_the_same_weights():
 
     def once():
         reduced = cut(original, w1=np.zeros((4, 1, 3, 3)))
-        return io.to_bytes(recover(original, reduced, rows((3, 4, 9, 9), 50), worker=InProcess(), seed=3))
+        return io.to_bytes(recover(original, reduced, rows((3, 4, 9, 9), 50), worker=InProcess(), seed=3).model)
 
     assert once() == once()
 

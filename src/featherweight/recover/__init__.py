@@ -5,6 +5,6 @@ solved already, and the output that the original has there: ridge least squares 
 reconstruction of Zhang 2015, arXiv:1505.06798, and He 2017, arXiv:1707.06168), without any training.
 """
 
-from featherweight.recover.recovering import Recovered, recover, recovered
+from featherweight.recover.recovering import Recovered, recover
 
-__all__ = ["Recovered", "recover", "recovered"]
+__all__ = ["Recovered", "recover"]

@@ -37,27 +37,6 @@ def recover(
     spread: bool = True,
     epochs: int = 1,
     progress: Any = None,
-) -> ir.Model:
-    """`reduced`, in place, with the weights of its changed layers solved anew; see `recovered`."""
-    return recovered(
-        original, reduced, dataset, worker=worker, threads=threads, seed=seed, max_bytes=max_bytes,
-        biases_only=biases_only, spread=spread, epochs=epochs, progress=progress,
-    ).model  # fmt: skip
-
-
-def recovered(
-    original: ir.Model,
-    reduced: ir.Model,
-    dataset: Any,
-    *,
-    worker: Any = None,
-    threads: int = 1,
-    seed: int = 0,
-    max_bytes: int = 2 << 30,
-    biases_only: bool = False,
-    spread: bool = True,
-    epochs: int = 1,
-    progress: Any = None,
 ) -> Recovered:
     """Solve the weights of `reduced`, in place, so that its layers answer as those of `original` do.
 

@@ -113,9 +113,8 @@ def _runs(
 ) -> dict[str, list[list[float | None]]]:
     """[[predicted, noise, divergence], ...] by group; a cut that cannot be built or run is left out."""
     problem.progress.start("measuring what narrower groups cost", sum(map(len, wanted.values())))
-    feeds = first_feeds(
-        problem.splits.validation, BATCHES
-    )  # what was fitted to the calibration data looks better there
+    # On calibration data a cut looks better than it is: what makes up for it was fitted there.
+    feeds = first_feeds(problem.splits.validation, BATCHES)
     path = problem.work / "narrower.onnx"
     found: dict[str, list[list[float | None]]] = {}
     for name, options in wanted.items():

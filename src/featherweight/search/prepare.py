@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import itertools
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ import onnx_ir as ir
 from featherweight.core import Action, Decision, Site
 from featherweight.graph import io
 from featherweight.graph.weights import Weight, weights
+from featherweight.recover import recover
 from featherweight.search import probe, stage
 from featherweight.search.candidates import all_sites
 from featherweight.search.effects import Effects, SiteFacts, build_effects, modelled_latency_ms
@@ -27,7 +27,6 @@ from featherweight.techniques._equalise import equalise
 
 PROBE_BATCHES = 12
 MOST_FOR_STATISTICS = 128
-RECOVERS = importlib.util.find_spec("featherweight.recover") is not None
 # Rows of im2col wanted over all calibration data: about five times the longest reduced dimension of usual layers.
 ROWS_WANTED = 6144
 LEAST_POSITIONS, MOST_POSITIONS = 32, 256
@@ -152,15 +151,16 @@ class FromData:
 
     def recover(self, original: ir.Model, reduced: ir.Model) -> ir.Model:
         """Weights of `reduced` solved anew, layer by layer, against the original's outputs."""
-        solve = getattr(importlib.import_module("featherweight.recover"), "recover", None) if RECOVERS else None
-        if solve is None:
-            self._problem.note("structure", "weights were not solved anew after the structure changed")
-            return reduced
         problem = self._problem
         problem.progress.start("solving weights anew")
-        found = solve(original, reduced, problem.splits.calibration, worker=problem.worker, seed=problem.request.seed)
+        found = recover(
+            original, reduced, problem.splits.calibration, worker=problem.worker, seed=problem.request.seed,
+            progress=lambda _done, _total: problem.progress.advance(),
+        )  # fmt: skip
         problem.worker.close()
-        return reduced if found is None else found
+        for note in found.notes:
+            problem.note(note.where, note.text)
+        return found.model
 
     def statistics(self, model: ir.Model) -> Statistics:
         """Statistics of `model`, shrunk; its channels are not rescaled again."""

@@ -108,16 +108,6 @@ def child_probe(
     return noises
 
 
-def child_distance(
-    reference_path: str, other_path: str, feeds: Sequence[Mapping[str, np.ndarray]], threads: int
-) -> float:
-    """In the child: output noise of one model against another, averaged over `feeds`."""
-    from featherweight.runtime import ort
-
-    pair = [ort.session(Path(path), threads=threads) for path in (reference_path, other_path)]
-    return float(np.mean([output_noise(pair[0].run(f), pair[1].run(f)) for f in feeds]))
-
-
 def divergence(reference: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> float | None:
     """Mean KL divergence over rows of the float outputs' last axis, in nats; None if no output has classes.
 

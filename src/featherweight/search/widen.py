@@ -19,6 +19,7 @@ from featherweight.core import Attempt, Budget, Decision, Effect, Plan, Site
 from featherweight.errors import RunError, TechniqueError
 from featherweight.graph import cost, io
 from featherweight.graph.weights import weights
+from featherweight.runtime.metrics import Metric
 from featherweight.search import bounds, curves, joint, loop, stage
 from featherweight.search.baseline import Baseline, base
 from featherweight.search.effects import SiteFacts, modelled_latency_ms
@@ -27,7 +28,7 @@ from featherweight.search.measured import announce, measure_plan
 from featherweight.search.options import Structure, structure_options, weight_options
 from featherweight.search.passes import Found, first_cap, searched, take, usable_table
 from featherweight.search.prepare import Ground, probed_gains, site_facts, staged, survey
-from featherweight.search.probe import child_distance
+from featherweight.search.probe import child_divergence
 from featherweight.search.problem import Problem, first_feeds
 from featherweight.search.solve import Choice, Dimension
 from featherweight.search.stage import Staged
@@ -227,7 +228,7 @@ class Wider:
         problem = self.problem
         try:
             made = staged(problem, self._ctx(), decisions)
-            return made, problem.journal.phase(f"noise of {made.key}", lambda: _noise(problem, made))
+            return made, problem.journal.phase(f"noise of {made.key}", lambda: _noise(problem, made, self.known.metric))
         except (TechniqueError, RunError) as e:
             problem.note("structure", f"a structure of {len(decisions)} changes could not be built: {e}")
             return None
@@ -349,11 +350,11 @@ def _fragile(ground: Ground, made: Staged) -> frozenset[str]:
     return frozenset(found)
 
 
-def _noise(problem: Problem, made: Staged) -> float:
-    """Output noise over signal of the changed structure in float, on validation data."""
+def _noise(problem: Problem, made: Staged, metric: Metric) -> float:
+    """Noise over signal of the changed structure in float, in what the metric reads, on validation data."""
     feeds = first_feeds(problem.splits.validation, NOISE_BATCHES)
-    found: float = problem.worker.call(
-        child_distance, str(problem.model_path), str(made.path), feeds, problem.profile.threads,
+    found, _ = problem.worker.call(
+        child_divergence, str(problem.model_path), str(made.path), feeds, problem.profile.threads, metric,
         doing="running a changed structure",
     )  # fmt: skip
-    return found if math.isfinite(found) else 1e6
+    return float(found) if math.isfinite(found) else 1e6

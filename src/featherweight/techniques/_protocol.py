@@ -92,6 +92,10 @@ class Technique(Protocol):
     """A way to make a model cheaper. One file `techniques/<name>.py` ends with `TECHNIQUE = Class()`.
 
     `integer`: its nodes multiply integers; otherwise it only stores weights in fewer bits, computed in float.
+
+    A structure technique may also have (the search asks with getattr): `factors: int`, layers in the place of one;
+    `channels(model, site, action, ctx) -> int`, the width left in the widest layer of a group, as odd widths are slow;
+    `preview(model, site, action, ctx) -> ir.Model`, a model that answers as after the action and is cheaper to make.
     """
 
     name: ClassVar[str]

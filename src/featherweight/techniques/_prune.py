@@ -99,7 +99,8 @@ def group_of(channels: Channels, name: str) -> Group:
 
 def ranked(model: ir.Model, group: Group, ctx: Context) -> Ranked:
     """The order of removal and its costs; kept in `ctx.cache`."""
-    key = ("channel_prune", ctx.stats.key if ctx.stats else "", group.name, tuple(sorted(ctx.gains.items()))[:1])
+    gains = tuple(_gain(ctx, reading) for reading in group.readings)
+    key = ("channel_prune", ctx.stats.key if ctx.stats else "", group.name, gains)
     if key not in ctx.cache:
         ctx.cache[key] = _ranked(analysis(model, ctx), group, model, ctx)
     found: Ranked = ctx.cache[key]
@@ -147,10 +148,9 @@ def _consumer(model: ir.Model, reading: Reading, ctx: Context) -> _Consumer:
     found = _absorb.moments(weight, ctx)
     matrix = weight.to_matrix(weight.array())
     part = matrix[reading.part]
-    second = identity(found, part.shape[1], reading.part)
-    one = np.einsum("ok,kl,ol->", part, second, part, optimize=True)
-    spread = _absorb.signal(matrix[reading.part : reading.part + 1], _part(found, reading.part), weight, ctx)
-    return _Consumer(part, second, float(spread if found.matrix is not None else one))
+    second = in_full(found, part.shape[1], reading.part)
+    signal = _absorb.signal(matrix[reading.part : reading.part + 1], _part(found, reading.part), weight, ctx)
+    return _Consumer(part, second, signal)
 
 
 def _part(found: _absorb.Moments, part: int) -> _absorb.Moments:
@@ -160,7 +160,7 @@ def _part(found: _absorb.Moments, part: int) -> _absorb.Moments:
     )
 
 
-def identity(found: _absorb.Moments, k: int, part: int) -> F64:
+def in_full(found: _absorb.Moments, k: int, part: int) -> F64:
     """(k, k) second moments of one part; a diagonal is spread out, none at all is the identity."""
     if found.matrix is None:
         return np.eye(k)
@@ -259,7 +259,7 @@ def _solve_anew(model: ir.Model, weight: Weight, parts: dict[int, set[int]], ctx
         solved[part][:, columns] = 0
         if found.matrix is None or not stay.size:
             continue
-        second = identity(found, matrix.shape[2], part)
+        second = in_full(found, matrix.shape[2], part)
         if np.abs(np.diag(second)[columns]).max(initial=0) <= NOTHING * float(np.trace(second)) / len(second):
             continue  # nothing ever comes in there: the rest stays bit by bit
         solved[part][:, stay] = _obs.resolved(matrix[part], second, stay)[:, : len(stay)]
