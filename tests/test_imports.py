@@ -36,10 +36,15 @@ ALLOWED = {
     "inspection": SEARCHED,
     "channel_view": GRAPH,
     "layer_view": SEARCHED,
-    "pipeline": SEARCHED | {"inspection", "report"},
+    "pipeline": SEARCHED | {"inspection", "report", "convert", "learn", "edge"},
     "testing": SEARCHED,
     "demo": SEARCHED | {"pipeline", "inspection", "report"},
-    "cli": SEARCHED | {"pipeline", "inspection", "channel_view", "layer_view", "report", "demo", "embeddings", "words"},
+    "convert": GRAPH | {"runtime", "data"},
+    "learn": SEARCHED,
+    "edge": MEASURED,
+    "cli": SEARCHED
+    | {"pipeline", "inspection", "channel_view", "layer_view", "report", "demo", "embeddings", "words"}
+    | {"convert", "learn", "edge"},
     "__init__": set(),
 }
 

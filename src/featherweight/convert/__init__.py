@@ -1,0 +1,1 @@
+"""What comes through the door: PyTorch modules, exported programs and Hugging Face folders become ONNX files."""

@@ -1,0 +1,1 @@
+"""Where a model runs: devices, the server next door, the cloud, and splits between them."""

@@ -1,0 +1,1 @@
+"""Teaching a small network: differentiable execution of ONNX graphs, distillation. Needs the extra `learn`."""
