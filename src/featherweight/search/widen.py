@@ -117,7 +117,10 @@ class Wider:
     def estimated(self) -> Structure:
         """All that structure can do, estimated in closed form on the model as it is."""
         techniques = list(self.problem.of_stage(structure=True).values())
-        return structure_options(self.problem.model, techniques, self._ctx(), self.gains, self.problem.progress)
+        integer = any(t.integer for t in self.problem.techniques.values())
+        return structure_options(
+            self.problem.model, techniques, self._ctx(), self.gains, self.problem.progress, integer=integer
+        )
 
     @cached_property
     def structure(self) -> Structure:

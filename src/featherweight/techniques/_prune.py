@@ -212,6 +212,8 @@ def widths(group: Group, channels: Channels, found: Ranked, *, thorough: bool) -
         step = 1 if n < 16 else max(1, step // 2)
     shares = SHARES if thorough else SHARES[::2]
     wanted = {max(step, round(share * n / step) * step) for share in shares} if n > step else set()
+    if n >= 8 * step:  # integer kernels like twice the multiple
+        wanted |= {max(2 * step, round(share * n / (2 * step)) * 2 * step) for share in shares}
     if n <= 16:
         wanted |= set(range(1, n))
     dead = int((found.noise.sum(axis=1) == 0).sum()) if found.noise.shape[1] else 0
