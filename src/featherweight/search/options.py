@@ -107,7 +107,9 @@ def structure_options(
         found = list(_estimated(model, technique, site, ctx))
         if site.kind == "channel_group":
             options = groups.setdefault(site.name, [GroupOption(Decision(site.name), 1.0, 1.0, 0.0, 1.0)])
-            options += [_group_option(d, e, site, gains, slowed(technique, model, site, d, ctx, multiple)) for d, e in found]
+            for d, e in found:
+                slower = slowed(technique, model, site, d, ctx, multiple)
+                options.append(_group_option(d, e, site, gains, slower))
         else:
             useful = [(d, e, technique) for d, e in found if e.size_bytes < site.size_bytes or e.work < 1]
             factors.setdefault(site.name, []).extend(useful)
@@ -134,9 +136,7 @@ def _group_option(
     return GroupOption(decision, e.size_bytes / max(site.size_bytes, 1), e.work, loss, e.work * slower)
 
 
-def slowed(
-    technique: Technique, model: ir.Model, site: Site, decision: Decision, ctx: Context, multiple: int
-) -> float:
+def slowed(technique: Technique, model: ir.Model, site: Site, decision: Decision, ctx: Context, multiple: int) -> float:
     """What a number of channels off the kernels' multiple costs the layers around it, as a factor on their time."""
     count = getattr(technique, "channels", None)
     if count is None:
