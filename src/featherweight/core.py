@@ -1,4 +1,4 @@
-"""The data types everything else speaks in. Frozen, data only; imports nothing of featherweight but errors.
+"""The data types everything else speaks in. Frozen, data only; imports nothing of featherweight but errors and device.
 
 An `Effect` or `Prediction` is an estimate; a `Measurement` never is. They share no type on purpose.
 """
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from featherweight.device import Profile as Profile
 from featherweight.errors import BudgetError, PlanError
 
 Scalar = str | int | float | bool
@@ -102,24 +103,6 @@ class Effect:
     peak_bytes: int = 0
     loss: float = 0.0
     macs: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """The target a model is compressed for. See docs/formats.md for the JSON form.
-
-    `int8_dot`: the target's integer kernels accumulate u8 x s8 products without saturating pairs at
-    16 bits (AVX-512 VNNI, AVX-VNNI, Arm dot product). Where False, weights must be pair-safe.
-    """
-
-    name: str
-    arch: str
-    threads: int
-    memory_bytes: int
-    int8_dot: bool
-    cpu_flags: tuple[str, ...] = ()
-    provider: str = "CPUExecutionProvider"
-    measured: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,7 @@ What cannot be found out counts as False, which is safe on every CPU and costs l
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
 import os
 import platform
 import subprocess
@@ -19,10 +17,26 @@ from typing import Any
 
 from featherweight.core import Profile
 from featherweight.errors import DataError
+from featherweight.runtime.profile_files import PROFILE_SCHEMA, profile_from_json, to_json
 
-PROFILE_SCHEMA = 1
+__all__ = [
+    "MAX_PROFILE_BYTES",
+    "PROFILE_SCHEMA",
+    "THIS",
+    "cpu_flags",
+    "has_int8_dot",
+    "load_profile",
+    "parse_cpuinfo",
+    "parse_sysctl",
+    "profile_from_json",
+    "profile_names",
+    "quiet_cpus",
+    "this_machine",
+    "to_json",
+]
+
 THIS = "this"
-MAX_PROFILE_BYTES = 1 << 20
+MAX_PROFILE_BYTES = 4 << 20
 # Linux names of the instructions that multiply int8 and accumulate in 32 bits without saturating in between.
 _DOT_FLAGS = {
     "x86_64": ("avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8"),
@@ -138,57 +152,6 @@ def load_profile(source: str | Path) -> Profile:
     except (OSError, UnicodeDecodeError) as e:
         raise DataError(f"the profile '{path}' cannot be read: {e}") from e
     return profile_from_json(text, where=str(path))
-
-
-def to_json(profile: Profile) -> str:
-    """Canonical JSON text of a profile; `profile_from_json` reads it back."""
-    return json.dumps({"schema": PROFILE_SCHEMA, **dataclasses.asdict(profile)}, indent=1, sort_keys=True) + "\n"
-
-
-def profile_from_json(text: str, *, where: str = "the profile") -> Profile:
-    """Read `to_json`'s text. Raises DataError naming `where`, the field and what it must be."""
-    try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise DataError(f"{where} must be JSON, but is not: {e}") from e
-    if not isinstance(raw, dict):
-        raise DataError(f"{where} must be a JSON object, but is a {type(raw).__name__}")
-    if raw.get("schema") != PROFILE_SCHEMA:
-        raise DataError(f"{where}: schema must be {PROFILE_SCHEMA}, but got {raw.get('schema')!r}")
-    values = {k: v for k, v in raw.items() if k != "schema"}
-    unknown = sorted(set(values) - set(_FIELDS))
-    missing = sorted(f.name for f in dataclasses.fields(Profile) if f.default is dataclasses.MISSING)
-    missing = [m for m in missing if m not in values]
-    if unknown or missing:
-        raise DataError(f"{where}: fields must be {sorted(_FIELDS)}, but {unknown=} and {missing=}")
-    for name, value in values.items():
-        _check(where, name, value)
-    if "cpu_flags" in values:
-        values["cpu_flags"] = tuple(values["cpu_flags"])
-    return Profile(**values)
-
-
-_FIELDS: dict[str, tuple[type, str]] = {
-    "name": (str, "a text"),
-    "arch": (str, "a text"),
-    "threads": (int, "a whole number >= 1"),
-    "memory_bytes": (int, "a whole number >= 1"),
-    "int8_dot": (bool, "true or false"),
-    "cpu_flags": (list, "a list of texts"),
-    "provider": (str, "a text"),
-    "measured": (bool, "true or false"),
-}
-
-
-def _check(where: str, name: str, value: Any) -> None:
-    kind, words = _FIELDS[name]
-    good = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
-    if good and kind is int:
-        good = value >= 1
-    if good and kind is list:
-        good = all(isinstance(v, str) for v in value)
-    if not good:
-        raise DataError(f"{where}: {name} must be {words}, but got {value!r}")
 
 
 def _shipped() -> Any:
