@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         ModelError,
         OutputError,
         PlanError,
+        RemoteError,
         RunError,
         TechniqueError,
     )
@@ -53,7 +54,7 @@ _HOMES = {
     ),
     "errors": (
         "BudgetError ChildCrashed DataError FeatherweightError MissingExtraError ModelError OutputError PlanError"
-        " RunError TechniqueError"
+        " RemoteError RunError TechniqueError"
     ),
     "inspection": "Inspection inspect",
     "pipeline": "Comparison apply compare compress decide frontier",
@@ -82,6 +83,7 @@ __all__ = [
     "PlanError",
     "Profile",
     "Progress",
+    "RemoteError",
     "Report",
     "RunError",
     "Silent",

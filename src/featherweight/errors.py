@@ -35,6 +35,10 @@ class ChildCrashed(RunError):
     """The child process that ran a user's model died (signal, out of memory) or exceeded its time."""
 
 
+class RemoteError(FeatherweightError):
+    """Another machine cannot be reached, refuses this one, or speaks another version; never the fault of a model."""
+
+
 class OutputError(FeatherweightError):
     """A result cannot be written where the user pointed (exists, not writable, disk full)."""
 

@@ -51,7 +51,7 @@ def evaluate(
     """Score the model at `path` on `batches`.
 
     Args:
-        path: the model file.
+        path: the model file; or a folder of outputs that `record_outputs` filled, which are scored as they are.
         batches: an object with `batches()` (read in the child), or an iterable of batches: objects with `feeds`,
             `labels` and `n`. Its attribute `rows_per_sample` is honoured.
         metric: how to score.
@@ -149,9 +149,12 @@ class _Run:
         from featherweight.runtime import ort
 
         self.job = job
-        self.session = ort.session(job.path, threads=job.threads)
+        # A model that ran elsewhere is here as its outputs.
+        self.recorded = Reference(Path(job.path)) if Path(job.path).is_dir() else None
+        self.session: Any = None if self.recorded else ort.session(job.path, threads=job.threads)
         wanted = job.metric.output
-        self.wanted = [wanted] if wanted in {o.name for o in self.session.outputs} else None
+        known = {o.name for o in self.session.outputs} if self.session else set()
+        self.wanted = [wanted] if wanted in known else None
         self.original: Any = None
         self.stored: Reference | None = None
         if job.reference is not None and Path(job.reference).is_dir():
@@ -167,7 +170,10 @@ class _Run:
 
     def step(self, feeds: Mapping[str, Array], labels: Array | None, n: int) -> None:
         metric = self.job.metric
-        outputs = metric.select(self.session.run(feeds, self.wanted), feeds)
+        if self.recorded is not None:
+            outputs = metric.select(self.recorded.batch(self.done, n), feeds)
+        else:
+            outputs = metric.select(self.session.run(feeds, self.wanted), feeds)
         theirs: Outputs | None = None
         if self.stored is not None:
             theirs = self.stored.batch(self.done, n)
@@ -269,6 +275,17 @@ class Reference:
             else:
                 found[name] = np.memmap(self.folder / file, dtype, "r", offset=offset, shape=tuple(shape))
         return found
+
+
+def record_outputs(folder: Path, batches: Iterable[tuple[Outputs, int]]) -> None:
+    """Keep the outputs of a model that ran elsewhere: arrays by name and the number of samples, batch by batch.
+
+    `evaluate` takes the folder in place of a model file.
+    """
+    recorder = _Recorder(folder)
+    for outputs, n in batches:
+        recorder.add(outputs, n)
+    recorder.close()
 
 
 class _Recorder:

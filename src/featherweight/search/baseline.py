@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass
 from typing import Any
 
 from featherweight.core import Measurement
 from featherweight.graph import io
 from featherweight.runtime import evaluate as ev
-from featherweight.runtime import measure, metrics, ort
+from featherweight.runtime import metrics, ort
 from featherweight.search.effects import modelled_latency_ms
 from featherweight.search.loop import Base
 from featherweight.search.problem import Problem, first_feeds
@@ -34,12 +33,11 @@ def measure_baseline(problem: Problem) -> Baseline:
     metric, why = ev.pick_metric(
         problem.runnable, problem.splits.validation, problem.request.metric, worker=problem.worker
     )
-    evaluation = ev.evaluate(
+    evaluation = problem.bench.evaluate(
         problem.runnable,
         problem.splits.validation,
         metric,
         record_to=problem.work / "reference",
-        worker=problem.worker,
         threads=problem.profile.threads,
         progress=lambda _done, _total: problem.progress.advance(),
     )
@@ -53,8 +51,8 @@ def measure_baseline(problem: Problem) -> Baseline:
         n_samples=evaluation.n_samples,
         latency_ratio=1.0,
         macs=problem.macs(),
-        runtime=ort.VERSION,
-        host=platform.node(),
+        runtime=problem.bench.runtime,
+        host=problem.bench.host,
         seed=problem.request.seed,
         **costs,
     )
@@ -67,12 +65,12 @@ def _baseline_costs(problem: Problem) -> dict[str, Any]:
     feeds = first_feeds(problem.splits.validation, LATENCY_FEEDS)
     costs: dict[str, Any] = {}
     if problem.budget.max_latency_ms is not None:
-        alone = measure.latency(
+        alone = problem.bench.latency(
             problem.runnable, problem.runnable, feeds, threads=problem.request.threads, time_limit_s=QUICK_LATENCY_S
         )
         costs |= {"latency_ms": alone.original_ms, "p95_ms": alone.original_p95_ms}
     if problem.budget.max_peak_bytes is not None or problem.budget.minimize == "memory":
-        memory = measure.memory(problem.runnable, feeds[0])
+        memory = problem.bench.memory(problem.runnable, feeds[0])
         costs |= {"peak_bytes": memory.peak_bytes, "load_ms": memory.load_ms}
     return costs
 

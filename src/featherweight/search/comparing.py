@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ from featherweight.core import Measurement, Note
 from featherweight.errors import DataError, ModelError
 from featherweight.graph import io
 from featherweight.runtime import evaluate as ev
-from featherweight.runtime import measure, ort, significance
+from featherweight.runtime import significance
+from featherweight.runtime.bench import Bench, Here
 from featherweight.runtime.sandbox import Worker
 from featherweight.search.baseline import LATENCY_FEEDS
 from featherweight.search.problem import first_feeds, input_specs
@@ -40,9 +40,11 @@ def compare(
     batch_size: int = 1,
     threads: int = 1,
     seed: int = 0,
+    bench: Bench | None = None,
 ) -> Comparison:
     """Measure two models on the same data: metric with a paired test, bytes, latency interleaved, memory, load time.
 
+    `bench` is where they run; None: this machine.
     Raises ModelError if the two do not take the same inputs, DataError for unusable data, RunError if one fails.
     """
     paths = (Path(original), Path(candidate))
@@ -57,17 +59,18 @@ def compare(
         work = Path(folder)
         read = fwdata.spool(opened, work / "data", inputs=specs[0])
         chosen, why = ev.pick_metric(paths[0], read, metric, worker=worker)
-        before = ev.evaluate(paths[0], read, chosen, record_to=work / "reference", worker=worker, threads=threads)
-        after = ev.evaluate(paths[1], read, chosen, reference=work / "reference", worker=worker, threads=threads)
+        bench = bench or Here(worker)
+        before = bench.evaluate(paths[0], read, chosen, record_to=work / "reference", threads=threads)
+        after = bench.evaluate(paths[1], read, chosen, reference=work / "reference", threads=threads)
         feeds = first_feeds(read, LATENCY_FEEDS)
-        timing = measure.latency(*paths, feeds, threads=threads)
-        memories = [measure.memory(p, feeds[0]) for p in paths]
+        timing = bench.latency(*paths, feeds, threads=threads)
+        memories = [bench.memory(p, feeds[0]) for p in paths]
     drop = significance.paired(chosen, before, after, seed=seed)
     shared: dict[str, Any] = {
         "metric_name": chosen.name,
         "n_samples": after.n_samples,
-        "runtime": ort.VERSION,
-        "host": platform.node(),
+        "runtime": bench.runtime,
+        "host": bench.host,
         "seed": seed,
     }
     first = Measurement(

@@ -1,12 +1,11 @@
 """Measuring candidates: on validation data while searching, on the holdout once at the end.
 
-All runs happen in child processes, on saved and reloaded files.
+All runs happen in child processes, on saved and reloaded files, on the problem's bench.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from featherweight.errors import RunError, TechniqueError
 from featherweight.graph import cost, io
 from featherweight.quantities import format_bytes
 from featherweight.runtime import evaluate as ev
-from featherweight.runtime import measure, ort, significance
+from featherweight.runtime import significance
 from featherweight.search.baseline import LATENCY_FEEDS, QUICK_LATENCY_S, Baseline
 from featherweight.search.candidates import build_numeric
 from featherweight.search.problem import Problem, first_feeds
@@ -82,12 +81,11 @@ def stage_of(problem: Problem, plan: Plan) -> Staged | None:
 
 def _measure_candidate(problem: Problem, known: Baseline, path: Path) -> Measurement:
     """One candidate on validation data; latency and memory only where the budget speaks of them."""
-    evaluation = ev.evaluate(
+    evaluation = problem.bench.evaluate(
         path,
         problem.splits.validation,
         known.metric,
         reference=problem.work / "reference",
-        worker=problem.worker,
         threads=problem.profile.threads,
         progress=lambda _done, _total: problem.progress.advance(),
     )
@@ -97,12 +95,12 @@ def _measure_candidate(problem: Problem, known: Baseline, path: Path) -> Measure
     if b.max_latency_ms is not None or b.max_latency_ratio is not None or b.minimize == "latency":
         costs |= _latency(problem, path, feeds, QUICK_LATENCY_S)
     if b.max_peak_bytes is not None or b.minimize == "memory":
-        costs["peak_bytes"] = measure.memory(path, feeds[0]).peak_bytes
+        costs["peak_bytes"] = problem.bench.memory(path, feeds[0]).peak_bytes
     return _measurement(problem, known, path, evaluation, known.validation, costs)
 
 
 def _latency(problem: Problem, path: Path, feeds: list[dict[str, np.ndarray]], seconds: float) -> dict[str, Any]:
-    found = measure.latency(problem.runnable, path, feeds, threads=problem.request.threads, time_limit_s=seconds)
+    found = problem.bench.latency(problem.runnable, path, feeds, threads=problem.request.threads, time_limit_s=seconds)
     return {"latency_ms": found.candidate_ms, "p95_ms": found.candidate_p95_ms, "latency_ratio": found.ratio}
 
 
@@ -121,8 +119,8 @@ def _measurement(
         p_value=drop.p_value,
         n_samples=after.n_samples,
         macs=cost.costs(io.load(path), input_shapes=problem.shapes()).macs,
-        runtime=ort.VERSION,
-        host=platform.node(),
+        runtime=problem.bench.runtime,
+        host=problem.bench.host,
         seed=problem.request.seed,
         **costs,
     )
@@ -147,8 +145,8 @@ def on_holdout(
     folder = problem.work / "reference-holdout"
 
     def scored(model: Path, **kw: Any) -> ev.Evaluation:
-        return ev.evaluate(
-            model, data, metric, worker=problem.worker, threads=problem.profile.threads,
+        return problem.bench.evaluate(
+            model, data, metric, threads=problem.profile.threads,
             progress=lambda _done, _total: problem.progress.advance(), **kw,
         )  # fmt: skip
 
@@ -156,10 +154,10 @@ def on_holdout(
     after = scored(path, reference=folder)
     feeds = first_feeds(data, LATENCY_FEEDS)
     problem.progress.start("measuring latency and memory")
-    timing = measure.latency(
+    timing = problem.bench.latency(
         problem.runnable, path, feeds, threads=problem.request.threads, time_limit_s=PROOF_LATENCY_S
     )
-    memory, before_memory = measure.memory(path, feeds[0]), measure.memory(problem.runnable, feeds[0])
+    memory, before_memory = (problem.bench.memory(p, feeds[0]) for p in (path, problem.runnable))
     costs = {
         "latency_ms": timing.candidate_ms,
         "p95_ms": timing.candidate_p95_ms,

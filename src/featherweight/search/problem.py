@@ -21,6 +21,7 @@ from featherweight.graph import cost, io, surgery
 from featherweight.graph.normalise import Normalised, normalise
 from featherweight.quantities import parse_count
 from featherweight.runtime import ort, targets
+from featherweight.runtime.bench import Bench, Here
 from featherweight.runtime.sandbox import Worker
 from featherweight.search.journal import Journal
 from featherweight.search.request import Request, chosen_techniques, matching_nodes
@@ -71,6 +72,7 @@ class Problem:
     """Everything the search needs; built by `open_problem`, which says in which order.
 
     `original` is the user's file, `model` its normalised form (saved at `model_path`), which all decisions are about.
+    `worker` runs what the search computes for itself, `bench` what is measured: it may be another machine.
     `normalised_sha256` is of that form before channels were rescaled, `stages` holds what structure stages made of it;
     for the numeric part of a plan with structure there is a problem of its own, whose `model` is the one after that
     stage.
@@ -89,6 +91,7 @@ class Problem:
     techniques: dict[str, Technique]
     keep_float: frozenset[str]
     worker: Worker
+    bench: Bench
     journal: Journal
     progress: Timed
     runnable: Path
@@ -133,9 +136,12 @@ class Problem:
             self.notes.append(entry)
 
 
-def open_problem(request: Request, out: Path, worker: Worker, shown: Progress, *, resume: bool) -> Problem:
+def open_problem(
+    request: Request, out: Path, worker: Worker, shown: Progress, *, resume: bool, bench: Bench | None = None
+) -> Problem:
     """Load, open the journal, check and split the data, normalise. Everything that can be refused is refused here.
 
+    `bench` is where models are measured, and whose profile is the target if it has one; None: this machine.
     Raises ModelError, DataError, BudgetError, TechniqueError, OutputError, each before any long work.
     """
     started = time.monotonic()
@@ -146,15 +152,19 @@ def open_problem(request: Request, out: Path, worker: Worker, shown: Progress, *
     budget = request.budget(original_bytes)
     known = all_techniques()
     names = chosen_techniques(request.techniques, known)
-    profile = _profile(request)
+    bench = bench or Here(worker)
+    profile = bench.profile or _profile(request)
     inputs = input_specs(model)
     work = out / "work"
     sources = _open_sources(request, inputs)
     out.mkdir(parents=True, exist_ok=True)
-    journal = Journal(out / "journal.sqlite", request.asked(sha), resume=resume)
+    asked = request.asked(sha) | ({"profile": bench.host} if bench.profile else {})  # a device may change its address
+    journal = Journal(out / "journal.sqlite", asked, resume=resume)
     try:
         chosen = {n: known[n] for n in names}
-        problem = _opened(request, model, budget, profile, chosen, sources, inputs, journal, worker, progress, work)
+        problem = _opened(
+            request, model, budget, profile, chosen, sources, inputs, journal, worker, bench, progress, work
+        )
     except Exception:
         forget_refused(journal, out)
         raise
@@ -188,6 +198,7 @@ def _opened(
     inputs: Sequence[fwdata.InputSpec],
     journal: Journal,
     worker: Worker,
+    bench: Bench,
     progress: Timed,
     work: Path,
 ) -> Problem:
@@ -221,6 +232,7 @@ def _opened(
         techniques=techniques,
         keep_float=matching_nodes(request.keep_float, list(surgery.paths(normalised.model).values())),
         worker=worker,
+        bench=bench,
         journal=journal,
         progress=progress,
         runnable=_runnable(request.model, model_path, worker, feeds, notes),
