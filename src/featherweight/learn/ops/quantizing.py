@@ -1,0 +1,208 @@
+"""QuantizeLinear, DequantizeLinear and the integer products, with straight-through gradients.
+
+Codes are held as floats of integer value, so that a gradient passes from a product back to what was quantized. What
+is rounded passes its gradient unchanged where it is inside the range of the codes and none where it is cut off
+(Bengio 2013, arXiv:1308.3432; the clipped form). A scale that is trained gets the gradient of Esser 2020 (LSQ,
+arXiv:1902.08153): code - x / scale inside, the end of the range outside.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from featherweight.errors import ModelError
+from featherweight.learn import _tensors
+from featherweight.learn.ops.registry import Call, Kernel, operator
+
+
+class RoundClip(torch.autograd.Function):
+    """round(x) cut to low..high; the gradient passes where nothing was cut."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
+        """Half rounds to even, as in the runtime."""
+        rounded = torch.round(x)
+        codes = rounded.clamp(low, high)
+        ctx.save_for_backward(codes == rounded)
+        return codes
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The clipped straight-through estimate."""
+        (inside,) = ctx.saved_tensors
+        return grad * inside, None, None
+
+
+class FakeQuantize(torch.autograd.Function):
+    """(clip(round(x / scale) + zero) - zero) * scale in one step that keeps one byte an element for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor | float, low: float, high: float) -> Tensor:
+        """`scale` and `zero` broadcast against x."""
+        rounded = torch.div(x, scale).round_()
+        if isinstance(zero, Tensor) or zero != 0:
+            rounded += zero
+        codes = rounded.clamp(low, high)
+        ctx.inside = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            ctx.inside = codes == rounded
+        if isinstance(zero, Tensor) or zero != 0:
+            codes -= zero
+        ctx.scale = scale.detach()
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(x.detach(), codes.clone())
+        return codes.mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Clipped straight-through for x, LSQ for the scale."""
+        to_x = grad * ctx.inside if ctx.needs_input_grad[0] else None
+        to_scale = None
+        if ctx.needs_input_grad[1]:
+            x, codes = ctx.saved_tensors
+            to_scale = (grad * (codes - ctx.inside * (x / ctx.scale))).sum_to_size(ctx.scale.shape)
+        return to_x, to_scale, None, None, None
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor | float, low: float, high: float) -> Tensor:
+    """x rounded to the grid of scale and zero; see `FakeQuantize`. Works for float16 in float32."""
+    result: Tensor = FakeQuantize.apply(x, scale, zero, low, high)
+    return result
+
+
+def along(parameter: Tensor, x: Tensor, axis: int, block: int) -> Tensor:
+    """Scales or zero points in a shape that broadcasts against x: per tensor, channel of `axis`, or block along it."""
+    if parameter.numel() == 1:
+        return parameter.reshape(())
+    if block:
+        wide = parameter.repeat_interleave(block, axis)
+        return wide.narrow(axis, 0, x.shape[axis]) if wide.shape[axis] != x.shape[axis] else wide
+    if parameter.ndim == 1:
+        shape = [1] * x.ndim
+        shape[axis] = -1
+        return parameter.reshape(shape)
+    return parameter
+
+
+def code_range(call: Call) -> tuple[int, int] | None:
+    """Range of the codes that a QuantizeLinear makes; None for float8."""
+    named = call.int("output_dtype", 0)
+    zero = call.node.inputs[2] if call.has(2) else None
+    kind = ir.DataType(named) if named else (zero.dtype if zero is not None else ir.DataType.UINT8)
+    if kind is None:
+        found = call.constant(2)
+        signed = found is not None and found.dtype == torch.int8
+        kind = ir.DataType.INT8 if signed else ir.DataType.UINT8
+    return _tensors.RANGES.get(kind)
+
+
+@operator("QuantizeLinear", gradient="straight-through")
+def quantize_linear(call: Call) -> Kernel:
+    """clip(round(x / scale) + zero) as floats of integer value."""
+    axis, block, limits = call.int("axis", 1), call.int("block_size", 0), code_range(call)
+    if limits is None:
+        raise ModelError(f"{call.where}: codes of this type are not known here")
+    low, high = limits
+
+    def run(x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+        step = along(scale, x, axis % max(x.ndim, 1), block)
+        if zero is None:
+            return RoundClip.apply(x / step, low, high)  # type: ignore[no-any-return]
+        offset = along(zero.to(step.dtype), x, axis % max(x.ndim, 1), block)
+        # Rounded before the zero point is added, as in the runtime: half-way cases differ for an odd zero point.
+        return RoundClip.apply(x / step, low - offset, high - offset) + offset  # type: ignore[no-any-return]
+
+    return run
+
+
+@operator("DequantizeLinear", gradient="straight-through")
+@operator("DequantizeLinear", domain="com.microsoft", gradient="straight-through")
+def dequantize_linear(call: Call) -> Kernel:
+    """(code - zero) * scale."""
+    axis, block = call.int("axis", 1), call.int("block_size", 0)
+
+    def run(codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+        place = axis % max(codes.ndim, 1)
+        value = codes.to(scale.dtype)
+        if zero is not None:
+            value = value - along(zero.to(scale.dtype), codes, place, block)
+        return value * along(scale, codes, place, block)
+
+    return run
+
+
+def fused_quantize(quantize: Call) -> Kernel:
+    """QuantizeLinear followed by DequantizeLinear with the same scale and zero point, as one kernel."""
+    axis, block, limits = quantize.int("axis", 1), quantize.int("block_size", 0), code_range(quantize)
+    if limits is None:
+        raise ModelError(f"{quantize.where}: codes of this type are not known here")
+    low, high = limits
+    constant = quantize.constant(2)
+    fixed = float(constant.item()) if constant is not None and constant.numel() == 1 else None
+
+    def run(x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+        place = axis % max(x.ndim, 1)
+        step = along(scale, x, place, block)
+        if zero is None:
+            return fake_quantize(x, step, 0.0, low, high)
+        offset = fixed if fixed is not None else along(zero.to(step.dtype), x, place, block)
+        return fake_quantize(x, step, offset, low, high)
+
+    return run
+
+
+@operator("DynamicQuantizeLinear", gradient="straight-through")
+def dynamic_quantize(_call: Call) -> Kernel:
+    """uint8 codes, scale and zero point from the range of x itself; the last two pass no gradient."""
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
+            scale = (high - low) / 255
+            scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+            zero = torch.round(-low / scale).clamp(0, 255)
+        codes: Tensor = RoundClip.apply(x / scale, -zero, 255 - zero)
+        return codes + zero, scale, zero
+
+    return run
+
+
+def _minus(codes: Tensor, zero: Tensor | None, shape: list[int] | None = None) -> Tensor:
+    value = codes if codes.is_floating_point() else codes.float()
+    if zero is None:
+        return value
+    offset = zero.to(value.dtype)
+    return value - (offset.reshape(shape) if shape is not None and offset.numel() > 1 else offset)
+
+
+def _rows(zero: Tensor | None) -> list[int] | None:
+    return [-1, 1] if zero is not None and zero.ndim == 1 else None
+
+
+@operator("MatMulInteger", gradient="straight-through")
+def matmul_integer(_call: Call) -> Kernel:
+    """(A - zero) (B - zero), summed in floats."""
+
+    def run(a: Tensor, b: Tensor, a_zero: Tensor | None = None, b_zero: Tensor | None = None) -> Tensor:
+        return torch.matmul(_minus(a, a_zero, _rows(a_zero)), _minus(b, b_zero))
+
+    return run
+
+
+@operator("ConvInteger", gradient="straight-through")
+def conv_integer(call: Call) -> Kernel:
+    """Convolution of codes less their zero points, summed in floats."""
+    from featherweight.learn.ops.linear import conv
+
+    inner = conv(call)
+
+    def run(x: Tensor, w: Tensor, x_zero: Tensor | None = None, w_zero: Tensor | None = None) -> Tensor:
+        shape = [-1, *(1,) * (w.ndim - 1)]
+        result: Tensor = inner(_minus(x, x_zero), _minus(w, w_zero, shape))
+        return result
+
+    return run
