@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         Silent,
         Site,
     )
+    from featherweight.edge.split import Split, split
     from featherweight.errors import (
         BudgetError,
         ChildCrashed,
@@ -52,6 +53,7 @@ _HOMES = {
     "core": (
         "Action Attempt Budget Decision Effect Interval Measurement Note Plan Profile Progress Report Silent Site"
     ),
+    "edge.split": "Split split",
     "errors": (
         "BudgetError ChildCrashed DataError FeatherweightError MissingExtraError ModelError OutputError PlanError"
         " RemoteError RunError TechniqueError"
@@ -88,6 +90,7 @@ __all__ = [
     "RunError",
     "Silent",
     "Site",
+    "Split",
     "TechniqueError",
     "apply",
     "compare",
@@ -95,6 +98,7 @@ __all__ = [
     "decide",
     "frontier",
     "inspect",
+    "split",
     "words",
 ]
 
