@@ -153,8 +153,7 @@ async def read_body(request: web.Request) -> bytes:
     Raises RequestError: 400 truncated or corrupt, 408 too slow, 413 too large, 415 another encoding, 503 when all
     bodies together exceed what is held at once.
     """
-    now = request.app[_STATE]
-    limits = now.limits
+    limits = request.app[_STATE].limits
     length = request.content_length
     if length is not None and length > limits.body_bytes:
         raise _too_large(limits)
@@ -164,7 +163,7 @@ async def read_body(request: web.Request) -> bytes:
         async with asyncio.timeout(limits.body_s):
             async for chunk in request.content.iter_any():
                 part = expand(chunk)
-                _hold(request, now, len(part))
+                hold(request, len(part))
                 parts.append(part)
     except TimeoutError:
         raise RequestError(
@@ -176,8 +175,9 @@ async def read_body(request: web.Request) -> bytes:
     return b"".join(parts)
 
 
-def _hold(request: web.Request, now: State, size: int) -> None:
-    """Count bytes held for this request. Raises RequestError when it, or all together, hold too many."""
+def hold(request: web.Request, size: int) -> None:
+    """Count bytes held for this request until it is answered. Raises RequestError when it, or all, hold too many."""
+    now = request.app[_STATE]
     held = request.get(_HELD, 0) + size
     if held > now.limits.body_bytes:
         raise _too_large(now.limits)
