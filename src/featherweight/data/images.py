@@ -109,6 +109,11 @@ def load(path: Path, recipe: Preprocess) -> Array:
     """One image as the model sees it, without the batch axis. Raises DataError naming a file that is no sound
     image.
     """
+    return apply(picture(path, recipe), recipe, str(path))
+
+
+def picture(path: Path, recipe: Preprocess) -> Image.Image:
+    """One image as decoded, gray or RGB as the recipe says. Raises DataError naming a file that is no sound image."""
     from PIL import Image
 
     try:
@@ -124,10 +129,9 @@ def load(path: Path, recipe: Preprocess) -> Array:
                     raise DataError(
                         f"{path} has {image.mode} pixels (more than 8 bits); convert it to 8 bits a channel"
                     )
-                picture = image.convert("L" if recipe.order == "gray" else "RGB")
+                return image.convert("L" if recipe.order == "gray" else "RGB")
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as e:
         raise DataError(f"{path} cannot be read as an image ({e}); mend it or remove it") from e
-    return apply(picture, recipe, str(path))
 
 
 def apply(picture: Image.Image, recipe: Preprocess, where: str = "the image") -> Array:
