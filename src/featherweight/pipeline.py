@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.core import Progress, Report, Silent
-from featherweight.errors import FeatherweightError, OutputError
+from featherweight.errors import BudgetError, FeatherweightError, OutputError, RemoteError
 from featherweight.runtime.sandbox import Worker
-from featherweight.search import finish
+from featherweight.search import comparing, finish
 from featherweight.search.baseline import already_fits, measure_baseline
-from featherweight.search.comparing import Comparison, compare
+from featherweight.search.comparing import Comparison
 from featherweight.search.problem import Problem, forget_refused, open_problem
 from featherweight.search.replay import apply
 from featherweight.search.request import Request
@@ -49,7 +49,9 @@ def compress(
         progress: where long work reports itself.
         **asked: the fields of `Request`: max_size, max_latency, max_peak_memory, max_drop, minimize, metric,
             max_macs, techniques, keep_float, calibration, preprocess, tokenizer, batch_size, profile, threads, seed,
-            time_budget, max_candidates.
+            time_budget, max_candidates. `target` is another word for profile: `this`, a profile's name or file, or
+            the address of a device's agent, `http://host:port`, where everything is measured then; its token comes
+            from target_token, target_token_file or FEATHERWEIGHT_AGENT_TOKEN, its authority from target_ca.
 
     Returns:
         A Report; `report.ok` says whether the budget is met. With no limit and no objective the goal is a plain
@@ -96,7 +98,58 @@ def frontier(
         return _write(problem, finish.finish_front(problem, known, fronts(problem, known, points)))
 
 
+def compare(
+    original: str | Path,
+    candidate: str | Path,
+    data: Any,
+    *,
+    target: str | None = None,
+    target_token: str | None = None,
+    target_token_file: Path | None = None,
+    target_ca: Path | None = None,
+    **asked: Any,
+) -> Comparison:
+    """Measure two models on the same data: metric with a paired test, bytes, latency interleaved, memory, load time.
+
+    Args:
+        original, candidate: model files that take the same inputs.
+        data: as in `compress`.
+        target: address of a device's agent to measure on; None: this machine.
+        target_token, target_token_file, target_ca: as in `compress`.
+        **asked: metric, preprocess, tokenizer, batch_size, threads, seed.
+
+    Raises:
+        FeatherweightError: of the kind that names what is wrong with the models, the data or the target.
+    """
+    if target is not None and not _is_address(target):
+        raise BudgetError(
+            f"compare measures here or on an agent, so target must be http://HOST:PORT, but is {target!r}"
+        )
+    with Worker() as worker, _bench(target, (target_token, target_token_file, target_ca), worker, None) as bench:
+        return comparing.compare(original, candidate, data, bench=bench, **asked)
+
+
+def _is_address(target: object) -> bool:
+    """True for the address of an agent."""
+    return isinstance(target, str) and target.lower().startswith(("http://", "https://"))
+
+
+@contextlib.contextmanager
+def _bench(target: Any, let_in: tuple[Any, Any, Any], worker: Worker, progress: Progress | None) -> Iterator[Any]:
+    """Where models are measured: the device at the address `target`, or None for this machine."""
+    if not _is_address(target):
+        yield None
+        return
+    from featherweight.edge import remote
+
+    notice = (progress or Silent()).trying
+    with remote.connect(target, worker, let_in=remote.Access(*let_in), notice=notice) as bench:
+        yield bench
+
+
 def _request(model: str | Path, data: Any, out: str | Path | None, asked: dict[str, Any]) -> Request:
+    if "target" in asked:
+        asked["profile"] = asked.pop("target")
     unknown = sorted(asked.keys() - {f.name for f in dataclasses.fields(Request)})
     if unknown:
         raise TypeError(
@@ -118,10 +171,16 @@ def _opened(request: Request, resume: bool, progress: Progress | None) -> Iterat
     out = request.out or Path(tempfile.mkdtemp(prefix="featherweight-"))
     if out.exists() and not out.is_dir():
         raise OutputError(f"the run folder {out} is a file; name a folder")
-    with Worker() as worker:
-        problem = open_problem(request, out, worker, progress or Silent(), resume=resume)
+    let_in = (request.target_token, request.target_token_file, request.target_ca)
+    with Worker() as worker, _bench(request.profile, let_in, worker, progress) as bench:
+        problem = open_problem(request, out, worker, progress or Silent(), resume=resume, bench=bench)
         try:
             yield problem
+        except RemoteError as e:
+            if not problem.journal.finished("baseline"):
+                forget_refused(problem.journal, out)
+                raise
+            raise RemoteError(f"{e}; what was measured is kept in {out}: go on with --resume") from e
         except FeatherweightError:
             forget_refused(problem.journal, out)
             raise

@@ -105,6 +105,19 @@ machine_options = _all(
     threads_option,
 )
 
+agent_options = _all(
+    option(
+        "--target-token-file",
+        type=PATH,
+        metavar="FILE",
+        section="Target",
+        help="Token of the agent at --target. Default: FEATHERWEIGHT_AGENT_TOKEN.",
+    ),
+    option(
+        "--target-ca", type=PATH, metavar="FILE", section="Target", help="Authority (PEM) of an agent's certificate."
+    ),
+)
+
 budget_options = _all(
     option("--max-size", type=SIZE, metavar="SIZE", section="Budget", help="5MB, 4.5MiB, or 25% of the original."),
     option("--max-latency", type=LATENCY, metavar="TIME", section="Budget", help="8ms, or 60% of the original."),
@@ -132,6 +145,7 @@ search_options = _all(
     metric_option,
     data_reading_options,
     machine_options,
+    agent_options,
     option("--techniques", metavar="A,B", section="Search", help="Use only these. Default: all."),
     option(
         "--keep-float",

@@ -19,6 +19,10 @@ from featherweight.cli._sections import Command, option
 @options.metric_option
 @options.data_reading_options
 @option(
+    "--target", metavar="http://HOST:PORT", section="Target", help="Device whose agent measures. Default: this machine."
+)
+@options.agent_options
+@option(
     "--threads",
     type=click.IntRange(min=1),
     default=1,
@@ -33,6 +37,7 @@ def command(original: Path, candidate: Path, *, data: str, **asked: Any) -> Outp
 
     \b
     featherweight compare lite0.onnx other-tool.onnx --data images/ --metric accuracy
+    featherweight compare lite0.onnx other-tool.onnx --data images/ --target http://raspberrypi:8765
     """
     from featherweight.pipeline import compare
 

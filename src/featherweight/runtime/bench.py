@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from featherweight.core import Profile
+from featherweight.core import Note, Profile
 from featherweight.runtime import evaluate as ev
 from featherweight.runtime import measure, ort
 from featherweight.runtime.measure import LatencyResult, MemoryResult
@@ -64,6 +64,10 @@ class Bench(Protocol):
         """As `runtime.measure.memory`."""
         ...
 
+    def notes(self) -> tuple[Note, ...]:
+        """What a report should say about where it was measured."""
+        ...
+
 
 class Here:
     """The machine that the search runs on."""
@@ -108,3 +112,7 @@ class Here:
     def memory(self, path: str | Path, feeds: Feeds) -> MemoryResult:
         """In a fresh child. Raises RunError, ChildCrashed."""
         return measure.memory(path, feeds)
+
+    def notes(self) -> tuple[Note, ...]:
+        """Nothing: it is where the report is read."""
+        return ()

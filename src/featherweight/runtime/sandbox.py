@@ -131,6 +131,12 @@ class Worker:
             return result
         raise _rebuilt(answer, what)
 
+    def interrupt(self) -> None:
+        """Kill the child from another thread: the call under way there ends with ChildCrashed."""
+        process = self._process
+        if process is not None and process.poll() is None:
+            _kill_group(process)
+
     def close(self) -> None:
         """End the child. The worker can be used again."""
         self._kill()
@@ -253,12 +259,16 @@ def _spawn_options(handle: int) -> dict[str, Any]:
     return {"pass_fds": (handle,), "process_group": 0}
 
 
-def _end(process: subprocess.Popen[bytes], conn: Any, log: IO[bytes]) -> None:
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(OSError):
         if sys.platform == "win32":
             process.kill()
         else:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def _end(process: subprocess.Popen[bytes], conn: Any, log: IO[bytes]) -> None:
+    _kill_group(process)
     if process.stdin is not None:
         with contextlib.suppress(OSError):
             process.stdin.close()

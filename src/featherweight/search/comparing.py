@@ -83,4 +83,4 @@ def compare(
         latency_ms=timing.candidate_ms, p95_ms=timing.candidate_p95_ms, latency_ratio=timing.ratio,
         peak_bytes=memories[1].peak_bytes, load_ms=memories[1].load_ms, **shared,
     )  # fmt: skip
-    return Comparison(first, second, why, opened.notes)
+    return Comparison(first, second, why, (*opened.notes, *bench.notes()))

@@ -205,7 +205,7 @@ def _opened(
     """Split and check the data, normalise the model, and see that it runs."""
     emptied(work, keep=STAGES_FOLDER if journal.finished("baseline") else "")
     work.mkdir(parents=True, exist_ok=True)
-    notes: list[Note] = []
+    notes: list[Note] = [*bench.notes()]
     structural = request.goal != "plain-int8" and any(t.stage == "structure" for t in techniques.values())
     most = MAX_RECOVERY if structural else MAX_CALIBRATION
     splits = _spooled(sources, request, inputs, work, progress, notes, most)

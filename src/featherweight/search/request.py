@@ -46,6 +46,9 @@ class Request:
     time_budget: str | float | None = None
     max_candidates: int = DEFAULT_CANDIDATES
     max_macs: str | float | None = None
+    target_token: str | None = dataclasses.field(default=None, repr=False)
+    target_token_file: Path | None = None
+    target_ca: Path | None = None
 
     def __post_init__(self) -> None:
         if self.minimize is not None and self.minimize not in get_args(Objective):
@@ -105,7 +108,7 @@ class Request:
 
     def asked(self, model_sha256: str) -> dict[str, Any]:
         """What a resumed run must ask again: everything but where and how long."""
-        skipped = {"model", "out", "time_budget", "max_candidates"}
+        skipped = {"model", "out", "time_budget", "max_candidates", "target_token", "target_token_file", "target_ca"}
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in skipped}
         return json.loads(json.dumps({**fields, "model_sha256": model_sha256}, default=_name))  # type: ignore[no-any-return]
 
