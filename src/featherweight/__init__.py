@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         Silent,
         Site,
     )
+    from featherweight.edge.client import Offload
     from featherweight.edge.split import Split, split
     from featherweight.errors import (
         BudgetError,
@@ -54,6 +55,7 @@ _HOMES = {
         "Action Attempt Budget Decision Effect Interval Measurement Note Plan Profile Progress Report Silent Site"
     ),
     "edge.split": "Split split",
+    "edge.client": "Offload",
     "errors": (
         "BudgetError ChildCrashed DataError FeatherweightError MissingExtraError ModelError OutputError PlanError"
         " RemoteError RunError TechniqueError"
@@ -80,6 +82,7 @@ __all__ = [
     "MissingExtraError",
     "ModelError",
     "Note",
+    "Offload",
     "OutputError",
     "Plan",
     "PlanError",
