@@ -37,9 +37,10 @@ TOKEN_VARIABLE = "FEATHERWEIGHT_AGENT_TOKEN"
         help="Jobs that may wait; more get 503.")  # fmt: skip
 @option("--drain", type=options.DURATION, default="20s", show_default=True, section="Search",
         help="Time for the running job after SIGTERM.")  # fmt: skip
+@option("--json", "as_json", is_flag=True, help="Say where it listens, and a new token, as one JSON document.")
 @option("--access-log", is_flag=True, help="One line a request on stderr, without headers, queries and bodies.")
 @option("--debug", is_flag=True, help="Show the traceback of an error.")
-def command(*, debug: bool, **asked: object) -> None:
+def command(*, debug: bool, as_json: bool, **asked: object) -> None:
     """Measure and run models on this device for others, who name it by --target http://HOST:PORT.
 
     \b
@@ -47,23 +48,24 @@ def command(*, debug: bool, **asked: object) -> None:
     featherweight agent --host 0.0.0.0 --token-file token --tls-cert cert.pem --tls-key key.pem
     """
     try:
-        _agent(**asked)  # type: ignore[arg-type]  # click has checked each option's type
+        _agent(as_json=as_json, **asked)  # type: ignore[arg-type]  # click has checked each option's type
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except (FeatherweightError, MemoryError, OSError) as e:
         if debug:
             raise
-        report_error(e, as_json=False)
+        report_error(e, as_json=as_json)
         sys.exit(ERROR)
 
 
 def _agent(
     *, host: str, port: int, token_file: Path | None, tls_cert: Path | None, tls_key: Path | None, name: str | None,
     work: Path | None, quota: str, max_file: str, max_memory: str, max_time: str, queue: int, drain: str,
-    access_log: bool,
+    access_log: bool, as_json: bool,
 ) -> None:  # fmt: skip
     import asyncio
     import dataclasses
+    import json
     import logging
 
     from featherweight.edge import access, http
@@ -103,7 +105,12 @@ def _agent(
 
         def ready(real_port: int) -> None:
             shown = f"[{host}]" if ":" in host else host
-            click.echo(f"measuring on {profile.name}: {'https' if tls else 'http'}://{shown}:{real_port}")
+            url = f"{'https' if tls else 'http'}://{shown}:{real_port}"
+            if as_json:
+                new = {} if given else {"token": token}
+                click.echo(json.dumps({"schema": 1, "kind": "agent", "name": profile.name, "url": url, **new}))
+                return
+            click.echo(f"measuring on {profile.name}: {url}")
             if given is None:
                 click.echo(f"token (shown once): {token}")
 

@@ -30,6 +30,8 @@ BUSY_S = 1800.0
 _FIRST_PAUSE_S = 0.2
 _BLOCK = 1 << 18
 Notice = Callable[[str], None]
+LinkError = u3.HTTPError
+"""What `Link.lines` raises when the link is lost; `Link.again` asks again."""
 
 
 def quiet(text: str) -> None:
@@ -63,7 +65,7 @@ class Link:
         self._busy_s = BUSY_S if busy_s is None else busy_s
         self.notice = notice
         timeout = urllib3.Timeout(connect=CONNECT_S, read=READ_S)
-        tls = {"ssl_context": access.client_tls(ca)} if parts.scheme == "https" else {}
+        tls: dict[str, Any] = {"ssl_context": access.client_tls(ca)} if parts.scheme == "https" else {}
         self._pool = urllib3.PoolManager(maxsize=2, timeout=timeout, retries=False, blocksize=_BLOCK, **tls)
 
     def ask(self, method: str, path: str, *, body: Any = None, ok: tuple[int, ...] = (200,)) -> tuple[int, Any]:
@@ -75,7 +77,8 @@ class Link:
             with self._open(method, path, ok, body=data, headers=headers) as answer:
                 return answer.status, _json(self.url, answer.data) if answer.data else None
 
-        return self._kept_up(send)
+        found: tuple[int, Any] = self._kept_up(send)
+        return found
 
     def once(self, method: str, path: str) -> None:
         """One request without a body, never repeated, of which nobody awaits the outcome."""

@@ -23,7 +23,7 @@ import numpy as np
 from featherweight import errors
 from featherweight.core import Interval, Note, Profile
 from featherweight.edge import access
-from featherweight.edge._link import Link, Notice, quiet, u3
+from featherweight.edge._link import Link, LinkError, Notice, quiet
 from featherweight.edge.agent import API
 from featherweight.edge.agent.tasks import read_batches, write_batches
 from featherweight.errors import RemoteError, RunError
@@ -326,7 +326,7 @@ class RemoteBench:
             if progress is not None and job.get("done", 0) > done:
                 done = job["done"]
                 progress(done, job["total"])
-        raise u3.ProtocolError("the stream of a job ended before the job")
+        raise LinkError("the stream of a job ended before the job")
 
     def _forget(self, job_id: str) -> None:
         """Nobody waits for this job any more; a device that is gone need not hear it."""

@@ -60,7 +60,7 @@ def read_job(raw: Any, *, max_seconds: float) -> Asked:
     """The job in a JSON value. Raises RequestError(422) naming the field, what it must be, and what it is."""
     if not isinstance(raw, dict):
         raise _wrong("the body", "an object", raw)
-    kind = raw.get("kind")
+    kind: Any = raw.get("kind")
     if kind not in get_args(Kind):
         raise _wrong("kind", f"one of {', '.join(get_args(Kind))}", kind)
     needed, optional = _FIELDS[kind]
