@@ -68,7 +68,7 @@ def list_cuts(model: str | Path, *, input_shapes: Mapping[str, tuple[int, ...]] 
     weights = sum(b.weight_bytes for b in graph.blocks)
     for number, head in enumerate(graph.linear(), start=1):
         cut = mincut.wire_of(graph, head)
-        here = mincut.runs_on_device(graph, cut)
+        here = cut.here
         sent = [graph.tensors[t] for t in cut.wire]
         head_macs = sum(graph.blocks[i].macs for i in here)
         stored = sum(graph.blocks[i].weight_bytes for i in here)

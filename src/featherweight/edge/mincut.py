@@ -13,6 +13,7 @@ unit an edge, and the scale is tightened until that is below 1e-5 of the answer.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -45,12 +46,18 @@ class CutCosts:
 
 @dataclass(frozen=True)
 class Cut:
-    """A head, the tensors it sends in the graph's order, the cheap blocks that run on the server, and the total."""
+    """A head, the tensors sent in the graph's order, the cheap blocks that run there and those here, and the total."""
 
     head: frozenset[int]
     wire: tuple[int, ...]
     rerun: frozenset[int]
+    kept: frozenset[int]
     total: float
+
+    @property
+    def here(self) -> frozenset[int]:
+        """All blocks that run on the device."""
+        return self.head | self.kept
 
 
 def best(graph: CutGraph, costs: CutCosts) -> Cut:
@@ -91,8 +98,9 @@ def wire_of(graph: CutGraph, head: frozenset[int], send: Mapping[int, float] | N
     needed |= {t for t, v in enumerate(graph.tensors) if v.is_output and _late(graph, t, head)}
     ready = {t for t in needed if t not in graph.maker or graph.maker[t] in head}
     if not any(graph.blocks[graph.maker[t]].cheap for t in needed - ready):
-        wire = tuple(sorted(ready))
-        return Cut(head, wire, frozenset(), sum(prices.get(t, 0.0) for t in wire))
+        wire, cheap = tuple(sorted(ready)), frozenset(i for i, b in enumerate(graph.blocks) if b.cheap)
+        kept, _ = _useful(graph, head, wire, cheap, frozenset())
+        return Cut(head, wire, frozenset(), kept, sum(prices.get(t, 0.0) for t in wire))
     return _solve(graph, CutCosts(send=prices), head, tail, blocks=_relevant(graph, needed))
 
 
@@ -152,45 +160,54 @@ def _solve(
     blocks: frozenset[int] | None = None,
 ) -> Cut:
     net, places = _network(graph, costs, on_device, on_server, blocks)
-    device_side = _min_cut(net)
-    head = frozenset(i for i in graph.proper if places.runs_here.get(i) in device_side)
-    if blocks is not None:
-        head = on_device
-    rerun = frozenset(i for i, v in places.runs_there.items() if graph.blocks[i].cheap and v not in device_side)
-    wire = tuple(
-        sorted(
-            t for t, v in places.needed.items() if v not in device_side and places.made_there(graph, t) in device_side
-        )
-    )
-    cut = Cut(head, wire, rerun, 0.0)
-    return Cut(head, wire, rerun, cost_of(graph, costs, cut))
+    near = _min_cut(net)
+    head = on_device if blocks is not None else frozenset(i for i in graph.proper if places.runs_here[i] in near)
+    cheap = frozenset(i for i, b in enumerate(graph.blocks) if b.cheap)
+    kept = frozenset(i for i in cheap if places.runs_here.get(i, 0) in near)
+    rerun = frozenset(i for i in cheap if i in places.runs_there and places.runs_there[i] not in near)
+    wire = tuple(sorted(t for t, v in places.needed.items() if v not in near and places.made_there(graph, t) in near))
+    kept, rerun = _useful(graph, head, wire, kept, rerun)
+    cut = Cut(head, wire, rerun, kept, 0.0)
+    return dataclasses.replace(cut, total=cost_of(graph, costs, cut))
+
+
+def _useful(
+    graph: CutGraph, head: frozenset[int], wire: tuple[int, ...], kept: frozenset[int], rerun: frozenset[int]
+) -> tuple[frozenset[int], frozenset[int]]:
+    """Of the cheap blocks that could run here and there, those somebody needs."""
+    outputs = {graph.maker[t] for t, v in enumerate(graph.tensors) if v.is_output and t in graph.maker}
+    wanted = [*(graph.maker[t] for t in wire if t in graph.maker), *(outputs & kept)]
+    wanted += [i for h in head for i in _makers(graph, h)]
+    here = _closure(graph, wanted, kept)
+    wanted = [i for i in outputs if i not in here]
+    wanted += [i for b in graph.proper if b not in head for i in _makers(graph, b, but=wire)]
+    return here, _closure(graph, wanted, rerun, but=wire)
+
+
+def _makers(graph: CutGraph, block: int, but: tuple[int, ...] = ()) -> list[int]:
+    """The blocks that make what a block reads, tensors in `but` left out."""
+    return [graph.maker[t] for t in graph.blocks[block].reads if t in graph.maker and t not in but]
+
+
+def _closure(graph: CutGraph, wanted: list[int], among: frozenset[int], but: tuple[int, ...] = ()) -> frozenset[int]:
+    """The blocks of `among` that are wanted, directly or by one another."""
+    found: set[int] = set()
+    stack = list(wanted)
+    while stack:
+        i = stack.pop()
+        if i in among and i not in found:
+            found.add(i)
+            stack += _makers(graph, i, but)
+    return frozenset(found)
 
 
 def cost_of(graph: CutGraph, costs: CutCosts, cut: Cut) -> float:
-    """The sum a cut pays, added up from the costs themselves. Cheap blocks of the head run there if one reads them."""
-    here = runs_on_device(graph, cut)
+    """The sum a cut pays, added up from the costs themselves."""
     there = (*(i for i in graph.proper if i not in cut.head), *cut.rerun)
     total = sum(costs.send.get(t, 0.0) for t in cut.wire)
-    total += sum(costs.device.get(i, 0.0) for i in here) + sum(costs.server.get(i, 0.0) for i in there)
-    late = (t for t, i in graph.maker.items() if i not in here and graph.tensors[t].is_output)
+    total += sum(costs.device.get(i, 0.0) for i in cut.here) + sum(costs.server.get(i, 0.0) for i in there)
+    late = (t for t, i in graph.maker.items() if i not in cut.here and graph.tensors[t].is_output)
     return total + sum(costs.back.get(t, 0.0) for t in late)
-
-
-def runs_on_device(graph: CutGraph, cut: Cut) -> frozenset[int]:
-    """The head and the cheap blocks that it, its outputs or the wire need, or that run nowhere else."""
-    stack = [graph.maker[t] for t in cut.wire if t in graph.maker]
-    stack += [t for i in cut.head for r in graph.blocks[i].reads if (t := graph.maker.get(r)) is not None]
-    stack += [
-        i for i, b in enumerate(graph.blocks)
-        if b.cheap and i not in cut.rerun and any(graph.tensors[t].is_output for t in b.writes)
-    ]  # fmt: skip
-    found = set(cut.head)
-    while stack:
-        i = stack.pop()
-        if i not in found:
-            found.add(i)
-            stack.extend(t for r in graph.blocks[i].reads if (t := graph.maker.get(r)) is not None)
-    return frozenset(found)
 
 
 @dataclass
@@ -215,7 +232,7 @@ def _network(
     blocks: frozenset[int] | None,
 ) -> tuple[_Net, _Places]:
     net, places = _Net(), _Places()
-    chosen = range(len(graph.blocks)) if blocks is None else sorted(blocks | on_device | on_server)
+    chosen: Iterable[int] = range(len(graph.blocks)) if blocks is None else sorted(blocks | on_device | on_server)
     for i in chosen:
         fixed = 0 if i in on_device else 1 if i in on_server else None
         v = fixed if fixed is not None else net.vertex()
@@ -245,9 +262,9 @@ def _min_cut(net: _Net) -> frozenset[int]:
     """Vertices of the device side of a minimum cut."""
     a, b, capacity = net.arrays()
     finite = np.isfinite(capacity)
-    bound = float(capacity[finite].sum())
-    if bound == 0.0:
-        bound = 1.0
+    # Everything on one side is a cut too; where both are forbidden the sum of all finite costs bounds the best.
+    ends = (float(capacity[a == 0].sum()), float(capacity[b == 1].sum()), float(capacity[finite].sum()))
+    bound = min(v for v in ends if math.isfinite(v)) or 1.0
     side: frozenset[int] = frozenset()
     for _ in range(_ROUNDS):
         scaled = np.where(

@@ -166,7 +166,7 @@ def halves(
     prepared: ir.Model, graph: CutGraph, cut: mincut.Cut
 ) -> tuple[ir.Model, ir.Model, dict[str, Literal["head", "tail"]]]:
     """Head and tail of a prepared model, and which of them gives each output. The model is not changed."""
-    here = mincut.runs_on_device(graph, cut)
+    here = cut.here
     late = {graph.tensors[t].name for i, b in enumerate(graph.blocks) if i not in here for t in b.writes}
     names = [v.name or "" for v in prepared.graph.outputs]
     given: dict[str, Literal["head", "tail"]] = {n: "tail" if n in late else "head" for n in names}
@@ -256,7 +256,7 @@ def _described(
     folder: Path, graph: CutGraph, cut: mincut.Cut, head: ir.Model, tail: ir.Model,
     given: dict[str, Literal["head", "tail"]],
 ) -> Split:  # fmt: skip
-    here = mincut.runs_on_device(graph, cut)
+    here = cut.here
     there = (frozenset(graph.proper) - cut.head) | cut.rerun
     read = {p for i in cut.head for p in graph.parents[i]}
     sides = []
