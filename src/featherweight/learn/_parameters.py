@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,12 +13,10 @@ from torch import Tensor, nn
 
 from featherweight.core import Note
 from featherweight.errors import ModelError
-from featherweight.graph import surgery
-from featherweight.learn import _tensors
-from featherweight.learn._program import Program, Source
-from featherweight.learn._trained import Trained
-from featherweight.learn.ops import find
-from featherweight.learn.ops.registry import describe
+from featherweight.learn import _encodings, _tensors
+from featherweight.learn._grids import Affine, Masked, Rows
+from featherweight.learn._program import Program, Source, needed
+from featherweight.learn._trained import Trained, stored_tensor
 
 _SETTINGS: dict[str, tuple[int, ...]] = {
     "Clip": (1, 2), "Resize": (1, 2, 3), "Upsample": (1,), "Pad": (2,), "BatchNormalization": (3, 4),
@@ -27,6 +26,7 @@ _SETTINGS: dict[str, tuple[int, ...]] = {
 """Inputs that set how an operator works, or are statistics: stored floats, but no weights."""
 _WEIGHING = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN", "BatchNormalization",
                        "LayerNormalization", "InstanceNormalization", "GroupNormalization", "Gather"})  # fmt: skip
+NARROW = (torch.float16, torch.bfloat16)
 MIN_ZEROS = 0.05
 """From this share of zeros on, a weight of two or more axes counts as pruned."""
 
@@ -52,60 +52,125 @@ class Chosen:
                 program.parameters.add(slots[-1])
                 continue
             slots.append(program.fresh())
-            parts = tuple(program.number(v) for v in t.parts)
-            for value in t.values:
-                program.sources[value] = Source(t.shaper, (slots[-1], *parts), f"weight {t.name!r}")
+            for value, reads in zip(t.values, t.reads or ((),) * len(t.values), strict=True):
+                others = tuple(program.number(v) for v in (*reads, *t.parts))
+                program.sources[value] = Source(t.shaper, (slots[-1], *others), reads, f"weight {t.name!r}")
         return slots
 
 
-class Zeros(nn.Module):
-    """Keeps the zeros of a pruned weight, and rounds to the stored type."""
+class Plain(nn.Module):
+    """A weight stored as floats: keeps the zeros of a pruned one, and rounds to the stored type."""
 
     mask: Tensor | None
 
     def __init__(self, mask: Tensor | None, kind: torch.dtype) -> None:
         super().__init__()
         self.register_buffer("mask", mask, persistent=False)
-        self._kind = kind
+        self._narrow = kind if kind in NARROW else None
 
     def forward(self, latent: Tensor) -> Tensor:
         """The weight as the graph reads it."""
         value = latent if self.mask is None else latent * self.mask
-        return value.to(self._kind) if self._kind in (torch.float16, torch.bfloat16) else value
+        return value if self._narrow is None else value.to(self._narrow)
+
+
+class Scale(nn.Module):
+    """A trained scale: positive, its gradient made as small as LSQ asks (Esser 2020, arXiv:1902.08153)."""
+
+    def __init__(self, share: float, kind: torch.dtype) -> None:
+        super().__init__()
+        self._share, self._narrow = share, kind if kind in NARROW else None
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """The scale as the graph reads it."""
+        value = latent.abs().clamp_min(torch.finfo(torch.float32).tiny)
+        value = value.detach() + (value - value.detach()) * self._share
+        return value if self._narrow is None else value.to(self._narrow)
 
 
 def choose(model: ir.Model, trainable: Callable[[str], bool] | None, *, train_scales: bool, keep_zeros: bool) -> Chosen:
     """The weights of a model that can be trained and that `trainable` does not exclude."""
     chosen = Chosen()
+    taken: set[str] = set()
+
+    def wanted(name: str | None) -> bool:
+        fresh = bool(name) and name not in taken and (trainable is None or trainable(name or ""))
+        taken.add(name or "")
+        return fresh
+
+    for encoded in _encodings.find(model, chosen.notes):
+        if wanted(encoded.name):
+            chosen.trained.append(encoded)
+    sources = {v: Source(lambda: None, (), r, "") for t in chosen.trained
+               for v, r in zip(t.values, t.reads, strict=True)}  # fmt: skip
+    nodes: set[ir.Node] = set()
     for graph in model.graphs():
-        for value in graph.initializers.values():
-            if value.name and _is_weight(value, model) and (trainable is None or trainable(value.name)):
-                chosen.trained.append(_plain(value, keep_zeros))
+        nodes |= needed(graph, graph.outputs, sources)
+    parts = {p for t in chosen.trained for p in t.parts}
+    for value in _stored_floats(model):
+        if value in sources or value in parts:
+            continue
+        if _is_weight(value, nodes) and wanted(value.name):
+            chosen.trained.append(_plain(value, keep_zeros))
+    if train_scales:
+        chosen.trained.extend(_scales(chosen.trained, nodes, wanted))
     return chosen
 
 
-def _is_weight(value: ir.Value, model: ir.Model) -> bool:
-    tensor = value.const_value
+def _stored_floats(model: ir.Model) -> Iterator[ir.Value]:
+    for graph in model.graphs():
+        yield from graph.initializers.values()
+        for node in graph:
+            if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
+                yield node.outputs[0]
+
+
+def _is_weight(value: ir.Value, nodes: set[ir.Node]) -> bool:
+    tensor = stored_tensor(value)
     if tensor is None or tensor.dtype not in _tensors.FLOATS or not tensor.size:
         return False
-    readers = [(n, i) for n, i in value.uses() if i not in _SETTINGS.get(n.op_type, ())]
-    if not readers or (tensor.size == 1 and not any(n.op_type in _WEIGHING for n, _ in readers)):
+    readers = [n for n, i in value.uses() if n in nodes and i not in _SETTINGS.get(n.op_type, ())]
+    if not readers or (tensor.size == 1 and not any(n.op_type in _WEIGHING for n in readers)):
         return False
     return bool(np.isfinite(np.asarray(tensor.numpy()).astype(np.float32)).all())
 
 
 def _plain(value: ir.Value, keep_zeros: bool) -> Trained:
-    tensor = value.const_value
-    if tensor is None:
-        raise ModelError(f"{value.name!r} must be stored, but it is not")
-    initial = _tensors.from_ir(tensor)
-    kind = initial.dtype
-    if kind in (torch.float16, torch.bfloat16):
-        initial = initial.float()
+    initial, kind = _master(value)
     mask = None
     if keep_zeros and initial.ndim > 1:
         zeros = int((initial == 0).sum())
         if MIN_ZEROS * initial.numel() <= zeros < initial.numel():
             mask = (initial != 0).to(initial.dtype)
-    shaper = Zeros(mask, kind) if mask is not None or kind != initial.dtype else None
+    shaper = Plain(mask, kind) if mask is not None or kind in NARROW else None
     return Trained(value.name or "", initial, (value,), shaper)
+
+
+def _master(value: ir.Value) -> tuple[Tensor, torch.dtype]:
+    """The stored tensor, at least in float32, and the type it is stored in."""
+    tensor = stored_tensor(value)
+    if tensor is None:
+        raise ModelError(f"{value.name!r} must be stored, but it is not")
+    stored = _tensors.from_ir(tensor)
+    return (stored.float() if stored.dtype in NARROW else stored), stored.dtype
+
+
+def _scales(encoded: list[Trained], nodes: set[ir.Node], wanted: Callable[[str | None], bool]) -> Iterator[Trained]:
+    """Scales and codebooks of encoded weights, then scales of activations; each once."""
+    for t in encoded:
+        for part in t.parts:
+            if wanted(part.name):
+                latent, kind = _master(part)
+                if isinstance(t.shaper, Affine | Masked | Rows) and latent.ndim < 3 and latent.min() >= 0:
+                    grid = t.shaper.grid if isinstance(t.shaper, Rows) else t.shaper
+                    top = max(getattr(grid, "high", 127), 1)
+                    share = 1.0 / math.sqrt(max(t.initial.numel() / latent.numel(), 1.0) * top)
+                    yield Trained(part.name or "", latent, (part,), Scale(share, kind))
+                else:
+                    yield Trained(part.name or "", latent, (part,), Plain(None, kind) if kind in NARROW else None)
+    for node in nodes:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.inputs) > 1:
+            scale = node.inputs[1]
+            if scale is not None and stored_tensor(scale) is not None and wanted(scale.name):
+                latent, kind = _master(scale)
+                yield Trained(scale.name or "", latent, (scale,), Scale(1.0 / math.sqrt(127), kind))

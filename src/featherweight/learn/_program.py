@@ -92,10 +92,14 @@ class Body:
 
 @dataclass(frozen=True)
 class Source:
-    """A value made of parameters instead of by its node: `kernel` of the values `inputs`, numbered beforehand."""
+    """A value made of parameters instead of by its node: `kernel` of the values `inputs`, numbered beforehand.
+
+    `reads` are those of them that are computed in the graph.
+    """
 
     kernel: Kernel
     inputs: tuple[int, ...]
+    reads: tuple[ir.Value, ...]
     where: str
 
 
@@ -137,9 +141,9 @@ class Program:
     def _compile(self, graph: ir.Graph, outputs: Iterable[ir.Value]) -> None:
         for value in graph.initializers.values():
             self._store(value)
-        wanted = _needed(graph, outputs, self.sources)
+        wanted = needed(graph, outputs, self.sources)
         for node in graph:
-            if node in wanted:
+            if node in wanted and not all(self.number(v) in self.parameters for v in node.outputs):
                 self._add(node)
             for value in node.outputs:
                 if value in self.sources:
@@ -276,16 +280,20 @@ def _plan(steps: Sequence[Step], outputs: Sequence[int], inputs: Sequence[int]) 
     return Plan(tuple(steps), tuple(map(tuple, free)), tuple(reads))
 
 
-def _needed(graph: ir.Graph, outputs: Iterable[ir.Value], stop: Mapping[ir.Value, Any]) -> set[ir.Node]:
+def needed(graph: ir.Graph, outputs: Iterable[ir.Value], sources: Mapping[ir.Value, Source]) -> set[ir.Node]:
     """Nodes of one graph that its outputs depend on, not counting what is behind a replaced value."""
     found: set[ir.Node] = set()
-    stack = [v for v in outputs if v not in stop]
+    stack = list(outputs)
     while stack:
-        node = stack.pop().producer()
+        value = stack.pop()
+        if value in sources:
+            stack.extend(sources[value].reads)
+            continue
+        node = value.producer()
         if node is None or node in found or node.graph is not graph:
             continue
         found.add(node)
-        stack.extend(v for v in outer_reads(node) if v not in stop)
+        stack.extend(outer_reads(node))
     return found
 
 

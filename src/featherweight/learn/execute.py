@@ -54,7 +54,7 @@ class Executor(nn.Module):
         self._program = Program(copy)
         chosen = _parameters.choose(copy, trainable, train_scales=train_scales, keep_zeros=keep_zeros)
         self._trained = chosen.trained
-        self._tensors = nn.ParameterList([nn.Parameter(t.initial) for t in self._trained])
+        self._tensors = nn.ParameterList([nn.Parameter(t.initial.clone()) for t in self._trained])
         self._shapers = nn.ModuleList(chosen.modules)
         self._slots = chosen.number(self._program)
         self._program.compile()
@@ -125,7 +125,7 @@ class Executor(nn.Module):
         Raises ModelError where a tensor is missing or has another shape.
         """
         copy = surgery.copy_model(model)
-        tensors = {t.name: p.detach() for t, p in zip(self._trained, self._tensors, strict=True)}
+        tensors = {t.name: t.final(p) for t, p in zip(self._trained, self._tensors, strict=True)}
         for trained in self._trained:
             trained.store(copy, tensors)
         return copy

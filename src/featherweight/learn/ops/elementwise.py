@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import reduce
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from featherweight.learn.ops.registry import Call, Kernel, operator
 
@@ -17,9 +16,9 @@ _UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "Abs": torch.abs, "Acos": torch.acos, "Acosh": torch.acosh, "Asin": torch.asin, "Asinh": torch.asinh,
     "Atan": torch.atan, "Atanh": torch.atanh, "Cos": torch.cos, "Cosh": torch.cosh, "Erf": torch.erf,
     "Exp": torch.exp, "Log": torch.log, "Neg": torch.neg, "Reciprocal": torch.reciprocal, "Relu": torch.relu,
-    "Sigmoid": torch.sigmoid, "Sin": torch.sin, "Sinh": torch.sinh, "Softplus": F.softplus, "Softsign": F.softsign,
-    "Sqrt": torch.sqrt, "Tan": torch.tan, "Tanh": torch.tanh, "HardSwish": F.hardswish,
-    "Mish": F.mish,
+    "Sigmoid": torch.sigmoid, "Sin": torch.sin, "Sinh": torch.sinh, "Softplus": functional.softplus, "Softsign": functional.softsign,
+    "Sqrt": torch.sqrt, "Tan": torch.tan, "Tanh": torch.tanh, "HardSwish": functional.hardswish,
+    "Mish": functional.mish,
 }  # fmt: skip
 _STEPS: dict[str, Callable[[Tensor], Tensor]] = {
     "Ceil": torch.ceil, "Floor": torch.floor, "Round": torch.round, "Sign": torch.sign, "Not": torch.logical_not,
@@ -80,7 +79,7 @@ operator("Div", since=7)(_plain(_divide))
 
 @operator("Pow")
 def power(call: Call) -> Kernel:
-    """x ** y in the type of x; a constant exponent is read once, which makes squares cheap."""
+    """X ** y in the type of x; a constant exponent is read once, which makes squares cheap."""
     exponent = call.constant(1)
     if exponent is not None and exponent.numel() == 1 and exponent.ndim <= 1:
         fixed = float(exponent.reshape(()).item())
@@ -163,7 +162,7 @@ def clip(call: Call) -> Kernel:
 def leaky_relu(call: Call) -> Kernel:
     """max(x, 0) + alpha min(x, 0)."""
     alpha = call.float("alpha", 0.01)
-    return lambda x: F.leaky_relu(x, alpha)
+    return lambda x: functional.leaky_relu(x, alpha)
 
 
 @operator("PRelu")
@@ -174,42 +173,42 @@ def prelu(_call: Call) -> Kernel:
 
 @operator("Elu")
 def elu(call: Call) -> Kernel:
-    """alpha (exp(x) - 1) below 0."""
+    """Alpha (exp(x) - 1) below 0."""
     alpha = call.float("alpha", 1.0)
-    return lambda x: F.elu(x, alpha)
+    return lambda x: functional.elu(x, alpha)
 
 
 @operator("Celu")
 def celu(call: Call) -> Kernel:
-    """alpha (exp(x / alpha) - 1) below 0."""
+    """Alpha (exp(x / alpha) - 1) below 0."""
     alpha = call.float("alpha", 1.0)
-    return lambda x: F.celu(x, alpha)
+    return lambda x: functional.celu(x, alpha)
 
 
 @operator("Selu")
 def selu(call: Call) -> Kernel:
-    """gamma (alpha (exp(x) - 1)) below 0, gamma x above."""
+    """Gamma (alpha (exp(x) - 1)) below 0, gamma x above."""
     alpha, gamma = call.float("alpha", 1.67326319217681884765625), call.float("gamma", 1.05070102214813232421875)
     return lambda x: gamma * torch.where(x > 0, x, alpha * torch.expm1(torch.clamp(x, max=0)))
 
 
 @operator("ThresholdedRelu")
 def thresholded_relu(call: Call) -> Kernel:
-    """x above alpha, 0 elsewhere."""
+    """X above alpha, 0 elsewhere."""
     alpha = call.float("alpha", 1.0)
     return lambda x: torch.where(x > alpha, x, torch.zeros_like(x))
 
 
 @operator("HardSigmoid")
 def hard_sigmoid(call: Call) -> Kernel:
-    """alpha x + beta, cut to 0..1."""
+    """Alpha x + beta, cut to 0..1."""
     alpha, beta = call.float("alpha", 0.2), call.float("beta", 0.5)
     return lambda x: torch.clamp(x * alpha + beta, 0.0, 1.0)
 
 
 @operator("Shrink")
 def shrink(call: Call) -> Kernel:
-    """x + bias below -lambd, x - bias above lambd, 0 between."""
+    """X + bias below -lambd, x - bias above lambd, 0 between."""
     lambd, bias = call.float("lambd", 0.5), call.float("bias", 0.0)
 
     def run(x: Tensor) -> Tensor:
@@ -221,9 +220,9 @@ def shrink(call: Call) -> Kernel:
 
 @operator("Swish")
 def swish(call: Call) -> Kernel:
-    """x sigmoid(alpha x)."""
+    """X sigmoid(alpha x)."""
     alpha = call.float("alpha", 1.0)
-    return F.silu if alpha == 1.0 else lambda x: x * torch.sigmoid(alpha * x)
+    return functional.silu if alpha == 1.0 else lambda x: x * torch.sigmoid(alpha * x)
 
 
 @operator("Gelu")
@@ -231,7 +230,7 @@ def swish(call: Call) -> Kernel:
 def gelu(call: Call) -> Kernel:
     """Gaussian error linear unit, exact or by tanh."""
     approximate = call.text("approximate", "none")
-    return lambda x: F.gelu(x, approximate=approximate)
+    return lambda x: functional.gelu(x, approximate=approximate)
 
 
 @operator("FastGelu", domain="com.microsoft")
@@ -239,7 +238,7 @@ def fast_gelu(_call: Call) -> Kernel:
     """Gelu by tanh of x, or of x + bias."""
 
     def run(x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.gelu(x if bias is None else x + bias, approximate="tanh")
+        return functional.gelu(x if bias is None else x + bias, approximate="tanh")
 
     return run
 
@@ -247,12 +246,12 @@ def fast_gelu(_call: Call) -> Kernel:
 @operator("BiasGelu", domain="com.microsoft")
 def bias_gelu(_call: Call) -> Kernel:
     """Gelu of x + bias."""
-    return lambda x, bias: F.gelu(x + bias)
+    return lambda x, bias: functional.gelu(x + bias)
 
 
 @operator("QuickGelu", domain="com.microsoft")
 def quick_gelu(call: Call) -> Kernel:
-    """x sigmoid(alpha x)."""
+    """X sigmoid(alpha x)."""
     alpha = call.float("alpha", 1.702)
     return lambda x: x * torch.sigmoid(alpha * x)
 

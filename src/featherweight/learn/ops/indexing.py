@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from featherweight.errors import ModelError
 from featherweight.learn import _tensors
@@ -30,7 +30,7 @@ def gather(call: Call) -> Kernel:
             return x.select(along, single)
         index = _wrapped(index.to(x.device), x.shape[along])
         if along == 0 and x.ndim == 2 and x.is_floating_point():
-            return F.embedding(index, x)
+            return functional.embedding(index, x)
         picked = x.index_select(along, index.reshape(-1))
         return picked.reshape(*x.shape[:along], *index.shape, *x.shape[along + 1 :])
 

@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from featherweight.errors import ModelError
 from featherweight.learn.ops.registry import Call, Kernel, operator
 
-_CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONV: dict[int, Callable[..., Tensor]] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 _CONV_TRANSPOSE: dict[int, Callable[..., Tensor]] = {
-    1: F.conv_transpose1d,
-    2: F.conv_transpose2d,
-    3: F.conv_transpose3d,
+    1: functional.conv_transpose1d,
+    2: functional.conv_transpose2d,
+    3: functional.conv_transpose3d,
 }
 
 
@@ -27,7 +27,7 @@ def matmul(_call: Call) -> Kernel:
 
 @operator("Gemm")
 def gemm(call: Call) -> Kernel:
-    """alpha A' B' + beta C, each transposed where the node says so."""
+    """Alpha A' B' + beta C, each transposed where the node says so."""
     alpha, beta = call.float("alpha", 1.0), call.float("beta", 1.0)
     trans_a, trans_b = call.int("transA", 0), call.int("transB", 0)
 
@@ -46,7 +46,7 @@ def gemm(call: Call) -> Kernel:
 
 @operator("FusedMatMul", domain="com.microsoft")
 def fused_matmul(call: Call) -> Kernel:
-    """alpha A' B' with the last two axes swapped where the node says so."""
+    """Alpha A' B' with the last two axes swapped where the node says so."""
     if call.int("transBatchA", 0) or call.int("transBatchB", 0):
         raise ModelError(f"{call.where}: transposed batch axes are not known here")
     alpha, trans_a, trans_b = call.float("alpha", 1.0), call.int("transA", 0), call.int("transB", 0)
@@ -79,7 +79,7 @@ def same_pads(sizes: Sequence[int], kernel: Sequence[int], strides: Sequence[int
 def pad_spatial(x: Tensor, pads: Sequence[tuple[int, int]], value: float = 0.0) -> Tensor:
     """Pad the last axes of x by (begin, end) each."""
     flat = [p for pair in reversed(pads) for p in pair]
-    return F.pad(x, flat, value=value) if any(flat) else x
+    return functional.pad(x, flat, value=value) if any(flat) else x
 
 
 def pairs(pads: Sequence[int] | None, rank: int) -> list[tuple[int, int]]:
@@ -172,7 +172,7 @@ def _cut(total: int, auto: str) -> tuple[int, int]:
 def _bias_in_padding(
     y: Tensor, b: Tensor, full: Sequence[int], pads: Sequence[tuple[int, int]], extra: Sequence[int]
 ) -> Tensor:
-    """Output padding holds the bias too: add it where F.pad wrote zeros."""
+    """Output padding holds the bias too: add it where functional.pad wrote zeros."""
     for axis, (size, (low, high), e) in enumerate(zip(full, pads, extra, strict=True)):
         written = size - e - low  # entries the product itself reaches
         missing = size - low - high - written

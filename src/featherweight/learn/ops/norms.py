@@ -6,7 +6,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from featherweight.errors import ModelError
 from featherweight.learn.ops.registry import Call, Kernel, operator
@@ -25,7 +25,7 @@ def batch_norm(call: Call) -> Kernel:
     def run(x: Tensor, scale: Tensor, bias: Tensor, average: Tensor, variance: Tensor) -> Tensor:
         same = scale.dtype == x.dtype == average.dtype and not (average.requires_grad or variance.requires_grad)
         if same and x.ndim > 1:
-            return F.batch_norm(x, average, variance, scale, bias, False, 0.0, epsilon)
+            return functional.batch_norm(x, average, variance, scale, bias, False, 0.0, epsilon)
         shape = (1, -1, *(1,) * (x.ndim - 2))
         factor = scale / torch.sqrt(variance + epsilon)
         y = x * factor.reshape(shape) + (bias - average * factor).reshape(shape)
@@ -56,7 +56,9 @@ def group_norm_grouped(call: Call) -> Kernel:
 
     def run(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         repeat = x.shape[1] // groups
-        return F.group_norm(x, groups, scale.repeat_interleave(repeat), bias.repeat_interleave(repeat), epsilon)
+        return functional.group_norm(
+            x, groups, scale.repeat_interleave(repeat), bias.repeat_interleave(repeat), epsilon
+        )
 
     return run
 
@@ -65,7 +67,7 @@ def group_norm_grouped(call: Call) -> Kernel:
 def group_norm(call: Call) -> Kernel:
     """Groups of channels; scale and bias one a channel."""
     groups, epsilon = call.int("num_groups", 1), call.float("epsilon", 1e-5)
-    return lambda x, scale, bias: F.group_norm(x, groups, scale, bias, epsilon)
+    return lambda x, scale, bias: functional.group_norm(x, groups, scale, bias, epsilon)
 
 
 @operator("LayerNormalization")
@@ -77,9 +79,9 @@ def layer_norm(call: Call) -> Kernel:
         first = axis % x.ndim
         shape = list(x.shape[first:])
         if list(scale.shape) == shape and (bias is None or list(bias.shape) == shape):
-            y = F.layer_norm(x, shape, scale, bias, epsilon)
+            y = functional.layer_norm(x, shape, scale, bias, epsilon)
         else:  # scale and bias may broadcast
-            y = F.layer_norm(x, shape, None, None, epsilon) * scale
+            y = functional.layer_norm(x, shape, None, None, epsilon) * scale
             y = y if bias is None else y + bias
         if outputs == 1:
             return y
@@ -94,7 +96,7 @@ def layer_norm(call: Call) -> Kernel:
 @operator("RMSNormalization")
 @operator("SimplifiedLayerNormalization")
 def rms_norm(call: Call) -> Kernel:
-    """x / sqrt(mean(x^2) + epsilon) * scale over all axes from `axis` on."""
+    """X / sqrt(mean(x^2) + epsilon) * scale over all axes from `axis` on."""
     axis, epsilon = call.int("axis", -1), call.float("epsilon", 1e-5)
 
     def run(x: Tensor, scale: Tensor) -> Tensor:
@@ -113,14 +115,14 @@ def skip_layer_norm(call: Call) -> Kernel:
 
     def run(x: Tensor, skip: Tensor, gamma: Tensor, beta: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         total = x + skip if bias is None else x + skip + bias
-        return F.layer_norm(total, total.shape[-1:], gamma, beta, epsilon)
+        return functional.layer_norm(total, total.shape[-1:], gamma, beta, epsilon)
 
     return run
 
 
 @operator("LpNormalization")
 def lp_normalization(call: Call) -> Kernel:
-    """x over its 1- or 2-norm along one axis; 0 where that is 0."""
+    """X over its 1- or 2-norm along one axis; 0 where that is 0."""
     axis, p = call.int("axis", -1), call.int("p", 2)
 
     def run(x: Tensor) -> Tensor:
@@ -144,13 +146,13 @@ def mean_variance_norm(call: Call) -> Kernel:
 
 @operator("LRN")
 def local_response(call: Call) -> Kernel:
-    """x / (bias + alpha / size * sum of squares over near channels) ^ beta."""
+    """X / (bias + alpha / size * sum of squares over near channels) ^ beta."""
     size, alpha = call.int("size", 1), call.float("alpha", 1e-4)
     beta, bias = call.float("beta", 0.75), call.float("bias", 1.0)
     low, high = (size - 1) // 2, math.ceil((size - 1) / 2)
 
     def run(x: Tensor) -> Tensor:
-        square = F.pad(x.square().transpose(1, -1), (low, high)).unfold(-1, size, 1).sum(-1).transpose(1, -1)
+        square = functional.pad(x.square().transpose(1, -1), (low, high)).unfold(-1, size, 1).sum(-1).transpose(1, -1)
         return x / (bias + alpha / size * square).pow(beta)
 
     return run

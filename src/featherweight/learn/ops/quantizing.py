@@ -69,7 +69,7 @@ class FakeQuantize(torch.autograd.Function):
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor | float, low: float, high: float) -> Tensor:
-    """x rounded to the grid of scale and zero; see `FakeQuantize`. Works for float16 in float32."""
+    """X rounded to the grid of scale and zero; see `FakeQuantize`. Works for float16 in float32."""
     result: Tensor = FakeQuantize.apply(x, scale, zero, low, high)
     return result
 

@@ -116,7 +116,7 @@ def _top(x: Tensor, k: int, axis: int, largest: bool, is_sorted: bool) -> tuple[
 
 @operator("TopK")
 def top_k_attribute(call: Call) -> Kernel:
-    """k as an attribute, before opset 10."""
+    """K as an attribute, before opset 10."""
     k, axis = call.int("k", 1), call.int("axis", -1)
     return lambda x: _top(x, k, axis, True, True)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from featherweight.errors import ModelError
 from featherweight.learn import _tensors
@@ -225,7 +225,7 @@ def depth_to_space(call: Call) -> Kernel:
 
     def run(x: Tensor) -> Tensor:
         if mode == "CRD":
-            return F.pixel_shuffle(x, block)
+            return functional.pixel_shuffle(x, block)
         n, c, h, w = space(x, block)
         parts = x.reshape(n, block, block, c // block**2, h, w).permute(0, 3, 4, 1, 5, 2)
         return parts.reshape(n, c // block**2, h * block, w * block)

@@ -1,0 +1,218 @@
+"""Grids that a trained weight stays on: the values its stored codes can stand for.
+
+Each is a module from the latent float (and the scales or codebook, which may be trained too) to the rounded weight,
+with a straight-through gradient; `codes` gives what is stored. A grid also works on a part of the rows of a table,
+with the part of the scales that belongs to them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from featherweight.learn.ops.quantizing import along, fake_quantize
+
+
+class Grid(Protocol):
+    """What `Trained` asks of a shaper made from codes."""
+
+    def __call__(self, latent: Tensor, *parts: Tensor) -> Tensor:
+        """The weight as the graph reads it."""
+        ...
+
+    def codes(self, latent: Tensor, *parts: Tensor) -> Tensor:
+        """The codes that stand for it."""
+        ...
+
+
+class Affine(nn.Module):
+    """(code - zero) * scale with codes in low..high; scales per tensor, channel of `axis`, or block along it."""
+
+    zero: Tensor | None
+
+    def __init__(self, low: int, high: int, axis: int = 0, block: int = 0, zero: Tensor | None = None) -> None:
+        super().__init__()
+        self.low, self.high, self.axis, self.block = low, high, axis, block
+        if zero is not None and not bool(zero.any()):
+            zero = None
+        self.register_buffer("zero", None if zero is None else zero.float(), persistent=False)
+
+    def forward(self, latent: Tensor, scale: Tensor) -> Tensor:
+        """The latent weight rounded to its grid."""
+        step = along(scale.to(latent.dtype), latent, self.axis, self.block)
+        return fake_quantize(latent, step, self._offset(latent), self.low, self.high)
+
+    def _offset(self, latent: Tensor) -> Tensor | float:
+        return 0.0 if self.zero is None else along(self.zero.to(latent.dtype), latent, self.axis, self.block)
+
+    def codes(self, latent: Tensor, scale: Tensor) -> Tensor:
+        """Integer codes in low..high."""
+        step = along(scale.to(latent.dtype), latent, self.axis, self.block)
+        steps = torch.nan_to_num(latent / step)  # a scale of 0 stands for 0 with any code
+        return (torch.round(steps) + self._offset(latent)).clamp(self.low, self.high).to(torch.int32)
+
+
+class _Nearest(torch.autograd.Function):
+    """book[index]; the gradient goes to the latent weight as it is, and to the entries of the book that were read."""
+
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, book: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.shape = book.shape
+        return torch.gather(book, 1, index).reshape(latent.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (index,) = ctx.saved_tensors
+        to_book = None
+        if ctx.needs_input_grad[1]:
+            to_book = torch.zeros(ctx.shape, dtype=grad.dtype, device=grad.device)
+            to_book.scatter_add_(1, index, grad.reshape(index.shape))
+        return grad if ctx.needs_input_grad[0] else None, to_book, None
+
+
+def nearest(latent: Tensor, book: Tensor) -> Tensor:
+    """Index of the nearest entry: latent (groups, n), book (groups, levels) in any order -> (groups, n) int64."""
+    ordered, order = torch.sort(book.detach(), dim=1)
+    middles = ((ordered[:, 1:] + ordered[:, :-1]) / 2).contiguous()
+    place = torch.searchsorted(middles, latent.detach().contiguous())
+    return torch.gather(order, 1, place)
+
+
+class Book(nn.Module):
+    """Entries of a codebook, one for each of `groups` equal runs along axis 0 (Han 2016, Deep Compression)."""
+
+    def __init__(self, groups: int, levels: int) -> None:
+        super().__init__()
+        self.groups, self.levels = groups, levels
+
+    def _book(self, book: Tensor, latent: Tensor) -> Tensor:
+        # What pads a codebook to a power of two repeats its last entry; indices must stay below `levels`.
+        return book.reshape(self.groups, -1)[:, : self.levels].to(latent.dtype)
+
+    def forward(self, latent: Tensor, book: Tensor) -> Tensor:
+        """The latent weight moved to the nearest entries."""
+        entries = self._book(book, latent)
+        value: Tensor = _Nearest.apply(latent, entries, nearest(latent.reshape(self.groups, -1), entries))
+        return value
+
+    def codes(self, latent: Tensor, book: Tensor) -> Tensor:
+        """Indices into the book."""
+        return nearest(latent.reshape(self.groups, -1), self._book(book, latent)).reshape(latent.shape)
+
+
+class Vectors(nn.Module):
+    """Runs of columns as vectors of a codebook (Jegou 2011): latent (..., groups * width)."""
+
+    def __init__(self, groups: int, levels: int) -> None:
+        super().__init__()
+        self.groups, self.levels = groups, levels
+
+    def codes(self, latent: Tensor, book: Tensor) -> Tensor:
+        """Index of the nearest vector of each run: (rows, groups)."""
+        with torch.no_grad():
+            entries = book.detach().to(latent.dtype).reshape(self.groups, self.levels, -1)
+            runs = latent.detach().reshape(-1, self.groups, entries.shape[-1])
+            found = [torch.cdist(runs[:, g], entries[g]).argmin(1) for g in range(self.groups)]
+        return torch.stack(found, 1)
+
+    def forward(self, latent: Tensor, book: Tensor) -> Tensor:
+        """The latent table moved to the nearest vectors."""
+        flat = book.to(latent.dtype).reshape(self.groups * self.levels, -1)
+        first = torch.arange(self.groups, device=latent.device) * self.levels
+        picked = flat[self.codes(latent, book) + first].reshape(latent.shape)
+        return picked + (latent - latent.detach())
+
+
+class Levels(nn.Module):
+    """Integer codes out of a few allowed ones (an int8 codebook), scaled by a DequantizeLinear behind."""
+
+    zero: Tensor | None
+
+    def __init__(self, book: Book, axis: int, block: int, zero: Tensor | None) -> None:
+        super().__init__()
+        self.book, self.axis, self.block = book, axis, block
+        self.register_buffer("zero", None if zero is None else zero.float(), persistent=False)
+
+    def _steps(self, latent: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
+        step = along(scale.to(latent.dtype), latent, self.axis, self.block)
+        zero = 0.0 if self.zero is None else along(self.zero.to(latent.dtype), latent, self.axis, self.block)
+        return torch.nan_to_num(latent / step) + zero, step, zero
+
+    def forward(self, latent: Tensor, scale: Tensor, book: Tensor) -> Tensor:
+        """The latent weight moved to the nearest allowed codes."""
+        steps, step, zero = self._steps(latent, scale)
+        value: Tensor = (self.book(steps, book) - zero) * step
+        return value
+
+    def codes(self, latent: Tensor, scale: Tensor, book: Tensor) -> Tensor:
+        """Indices into the book of allowed codes."""
+        return self.book.codes(self._steps(latent, scale)[0], book)
+
+
+class Masked(nn.Module):
+    """A grid, or plain floats, of which some places are always 0 (pruned)."""
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor, inner: Affine | None) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask, persistent=False)
+        self.inner = inner
+
+    def forward(self, latent: Tensor, *parts: Tensor) -> Tensor:
+        """The rounded weight, zeros kept."""
+        value: Tensor = latent if self.inner is None else self.inner(latent, *parts)
+        return value * self.mask
+
+    def codes(self, latent: Tensor, *parts: Tensor) -> Tensor:
+        """Codes everywhere; those behind the mask mean nothing."""
+        return latent if self.inner is None else self.inner.codes(latent, *parts)
+
+
+class Half(nn.Module):
+    """Floats stored in a narrower type."""
+
+    def __init__(self, kind: torch.dtype) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """Rounded to the narrow type, in the type of the latent weight."""
+        return latent.to(self.kind).to(latent.dtype)
+
+    def codes(self, latent: Tensor) -> Tensor:
+        """The narrow values."""
+        return latent.to(self.kind)
+
+
+class Rows(nn.Module):
+    """Rows of a table that stays coded: taken first, rounded after. `scaled_rows`: each row has scales of its own."""
+
+    def __init__(self, grid: Affine | Book | Vectors, scaled_rows: bool) -> None:
+        super().__init__()
+        self.grid, self.scaled_rows = grid, scaled_rows
+
+    def forward(self, latent: Tensor, index: Tensor, part: Tensor) -> Tensor:
+        """Rows `index` (any shape, negative from the end) of the rounded table: index shape + (columns,)."""
+        index = index.long()
+        index = torch.where(index < 0, index + latent.shape[0], index)
+        rows = nn.functional.embedding(index, latent)
+        value: Tensor = self.grid(rows, self._of_rows(part, index, rows))
+        return value
+
+    def _of_rows(self, part: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+        if not self.scaled_rows:
+            return part
+        scale = part[index]  # (..., 1) a row, (..., blocks, 1) blocks of a row
+        if scale.ndim > rows.ndim:
+            blocks = scale.squeeze(-1)
+            return blocks.repeat_interleave(rows.shape[-1] // blocks.shape[-1], -1)
+        return scale
+
+    def codes(self, latent: Tensor, part: Tensor) -> Tensor:
+        """Codes of the whole table."""
+        index = torch.arange(latent.shape[0], device=latent.device)
+        return self.grid.codes(latent, self._of_rows(part, index, latent))

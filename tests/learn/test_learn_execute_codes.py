@@ -1,0 +1,269 @@
+"""Weights stored as codes: executed as stored, trained on their grid, written back in the same bytes elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+torch = pytest.importorskip("torch")
+
+from featherweight.graph import encode, io  # noqa: E402
+from featherweight.learn.execute import Executor  # noqa: E402
+from featherweight.runtime import ort  # noqa: E402
+
+N = helper.make_node
+KINDS = ("linear", "dequantize", "palette", "bitmask", "float16", "product")
+
+
+def model_of(nodes, weights: dict[str, Any], inputs: dict[str, Any], output_rank: int, *, opset: int = 21) -> ir.Model:
+    """A graph whose inputs are float32 (or int64, named i...) of symbolic shape and whose output is y."""
+    made = []
+    for name, shape in inputs.items():
+        kind = TensorProto.INT64 if name.startswith("i") else TensorProto.FLOAT
+        made.append(helper.make_tensor_value_info(name, kind, shape))
+    stored = [v if isinstance(v, onnx.TensorProto) else numpy_helper.from_array(v, k) for k, v in weights.items()]
+    graph = helper.make_graph(
+        nodes, "g", made, [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * output_rank)], stored
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+    return ir.serde.deserialize_model(proto)
+
+
+def run_ort(model: ir.Model, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What ONNX Runtime computes, node by node as written."""
+    return ort.session(io.to_bytes(model), optimize=False).run(feeds)
+
+
+def train(executor: Executor, feeds: dict[str, np.ndarray], step: float = 0.3) -> dict[str, Any]:
+    """One step along the sign of the gradient of a fixed random reading of the output; returns the gradients."""
+    given_ = {k: torch.from_numpy(v) for k, v in feeds.items()}
+    y = executor(given_)["y"]
+    (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+    grads = {}
+    with torch.no_grad():
+        for name, parameter in executor.parameters_by_name().items():
+            grads[name] = parameter.grad
+            if parameter.grad is not None:
+                parameter -= step * parameter.grad.sign() * parameter.detach().abs().mean()
+    return grads
+
+
+def check(model: ir.Model, feeds: dict[str, np.ndarray], names: set[str], **kwargs: Any) -> ir.Model:
+    """Executed equal to the runtime, untouched bytes when nothing moved, equal again after training."""
+    executor = Executor(model, **kwargs)
+    tensors = {k: torch.from_numpy(v) for k, v in feeds.items()}
+    assert set(executor.parameters_by_name()) == names
+    np.testing.assert_allclose(
+        executor(tensors)["y"].detach().numpy(), run_ort(model, feeds)["y"], rtol=1e-5, atol=1e-5
+    )
+    assert io.to_bytes(executor.write_back(model)) == io.to_bytes(model)
+    grads = train(executor, feeds)
+    assert all(g is not None for g in grads.values())
+    written = executor.write_back(model)
+    mine = executor(tensors)["y"].detach().numpy()
+    np.testing.assert_allclose(run_ort(written, feeds)["y"], mine, rtol=1e-5, atol=1e-5)
+    again = Executor(written, **kwargs)
+    np.testing.assert_allclose(again(tensors)["y"].detach().numpy(), mine, rtol=1e-5, atol=1e-5)
+    return written
+
+
+def random_encoded(kind: str, bits: int, shape: tuple[int, int], seed: int) -> encode.Encoded:
+    """Random codes; the seed draws where scales are."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(-(1 << (bits - 1)), 1 << (bits - 1), shape)
+    placing, axis = int(rng.integers(3)), int(rng.integers(2))
+    if kind in ("linear", "dequantize"):
+        if placing == 0:
+            return getattr(encode, kind)(codes, np.float32(0.37), bits)
+        if placing == 1:
+            return getattr(encode, kind)(codes, rng.random(shape[axis], np.float32) + 0.1, bits, axis=axis)
+        block = int(rng.integers(1, shape[axis] + 1))
+        sizes = [-(-d // block) if i == axis else d for i, d in enumerate(shape)]
+        half = rng.choice([np.float32, np.float16])
+        return getattr(encode, kind)(codes, (rng.random(sizes) + 0.1).astype(half), bits, axis=axis, block=block)
+    if kind == "palette":
+        groups = shape[0] if placing == 2 else 1
+        book = rng.standard_normal((groups, 1 << bits)).astype(np.float32)
+        return encode.palette(rng.integers(0, 1 << bits, shape), book[0] if groups == 1 else book, bits)
+    if kind == "bitmask":
+        mask = rng.random(shape) < 0.5
+        if placing == 0:
+            return encode.bitmask(rng.standard_normal(int(mask.sum())).astype(np.float32), mask)
+        return encode.bitmask(codes[mask].astype(np.int8), mask, scale=np.float32(0.2), bits=bits)
+    if kind == "float16":
+        return encode.float16(rng.standard_normal(shape).astype(np.float32))
+    width = 2 if shape[1] % 2 == 0 else 1
+    groups = shape[1] // width
+    book = rng.standard_normal((groups, 1 << bits, width)).astype(np.float32)
+    return encode.product(rng.integers(0, 1 << bits, (shape[0], groups)), book, bits)
+
+
+def encoded_model(encoded: encode.Encoded) -> ir.Model:
+    """y = x W with W encoded."""
+    nodes = [N("MatMul", ["x", "W"], ["h"]), N("Tanh", ["h"], ["y"])]
+    model = model_of(nodes, {"W": np.zeros(encoded.shape, np.float32)}, {"x": [None, encoded.shape[0]]}, 2)
+    encode.attach(model, model.graph.initializers["W"], encoded)
+    return model
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.sampled_from(KINDS), st.integers(2, 8), st.integers(2, 9), st.integers(2, 9), st.integers(0, 1000))
+def test_our_encodings_are_trained_on_their_grid_and_written_back(kind, bits, rows, columns, seed) -> None:
+    encoded = random_encoded(kind, bits, (rows, columns), seed)
+    if encoded.kind == "bitmask" and not encoded.fields["mask"].any():
+        return
+    model = encoded_model(encoded)
+    x = np.random.default_rng(seed).standard_normal((3, rows)).astype(np.float32)
+    written = check(model, {"x": x}, {"W"})
+    value = next(v for n in written.graph for v in n.outputs if v.name == "W")
+    back = encode.read(written, value)
+    assert back is not None
+    assert back.layout == encoded.layout
+    if kind == "bitmask":
+        np.testing.assert_array_equal(back.fields["mask"], encoded.fields["mask"])
+    for field in ("scale", "codebook"):
+        if field in encoded.fields:
+            np.testing.assert_array_equal(back.fields[field], encoded.fields[field])
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.sampled_from(("linear", "palette", "product")), st.integers(2, 8), st.integers(0, 1000))
+def test_looked_up_tables_are_trained_by_the_rows_that_were_read(kind, bits, seed) -> None:
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(-(1 << (bits - 1)), 1 << (bits - 1), (7, 8))
+    match (kind, seed % 4):
+        case ("linear", 0):
+            encoded = encode.linear(codes, np.float32(0.3), bits)
+        case ("linear", 1):
+            encoded = encode.linear(codes, rng.random(7, np.float32) + 0.1, bits, axis=0)
+        case ("linear", 2):
+            encoded = encode.linear(codes, rng.random(8, np.float32) + 0.1, bits, axis=1)
+        case ("linear", _):
+            encoded = encode.linear(codes, rng.random((7, 2), np.float32) + 0.1, bits, axis=1, block=4)
+        case ("palette", _):
+            book = rng.standard_normal(1 << bits).astype(np.float32)
+            encoded = encode.palette(rng.integers(0, 1 << bits, (7, 8)), book, bits)
+        case _:
+            book = rng.standard_normal((4, 1 << bits, 2)).astype(np.float32)
+            encoded = encode.product(rng.integers(0, 1 << bits, (7, 4)), book, bits)
+    nodes = [N("Gather", ["W", "i"], ["h"]), N("Tanh", ["h"], ["y"])]
+    model = model_of(nodes, {"W": np.zeros((7, 8), np.float32)}, {"i": [None, None]}, 3)
+    encode.attach_lookup(model, model.graph.initializers["W"], encoded)
+    index = rng.integers(-7, 7, (2, 3)) if kind == "linear" else rng.integers(0, 7, (2, 3))
+    written = check(model, {"i": index}, {"W"})
+    unread = np.setdiff1d(np.arange(7), index % 7)
+    tables = [run_ort(m, {"i": unread[None]})["y"] for m in (model, written)]
+    np.testing.assert_array_equal(*tables)
+
+
+def test_four_bit_blocks_with_zero_points_keep_their_type() -> None:
+    rng = np.random.default_rng(0)
+    codes = helper.make_tensor("q", TensorProto.UINT4, [8, 6], rng.integers(0, 16, 48))
+    zero = helper.make_tensor("z", TensorProto.UINT4, [2, 6], rng.integers(4, 12, 12))
+    nodes = [N("DequantizeLinear", ["q", "s", "z"], ["w"], axis=0, block_size=4), N("MatMul", ["x", "w"], ["y"])]
+    weights = {"q": codes, "z": zero, "s": rng.random((2, 6), np.float32) + 0.1}
+    model = model_of(nodes, weights, {"x": [None, 8]}, 2)
+    written = check(model, {"x": rng.standard_normal((5, 8)).astype(np.float32)}, {"w"})
+    assert written.graph.initializers["q"].dtype == ir.DataType.UINT4
+    assert written.graph.initializers["z"].const_value.tobytes() == model.graph.initializers["z"].const_value.tobytes()
+
+
+def qdq_conv() -> ir.Model:
+    """x -> Q -> DQ -> Conv(int8 weights per channel, int32 bias) -> Relu -> Q -> DQ."""
+    rng = np.random.default_rng(1)
+    weights = {
+        "xs": np.float32(0.03), "xz": np.uint8(120), "ys": np.float32(0.05), "yz": np.uint8(0),
+        "wq": rng.integers(-127, 128, (4, 3, 3, 3)).astype(np.int8), "ws": rng.random(4, np.float32) * 0.01 + 0.005,
+        "bq": rng.integers(-2000, 2000, 4).astype(np.int32), "bs": np.full(4, 0.0003, np.float32),
+        "wz": np.zeros(4, np.int8),
+    }  # fmt: skip
+    nodes = [
+        N("QuantizeLinear", ["x", "xs", "xz"], ["xq"]), N("DequantizeLinear", ["xq", "xs", "xz"], ["xd"]),
+        N("DequantizeLinear", ["wq", "ws", "wz"], ["w"], axis=0), N("DequantizeLinear", ["bq", "bs"], ["b"], axis=0),
+        N("Conv", ["xd", "w", "b"], ["c"], pads=[1, 1, 1, 1]), N("Relu", ["c"], ["r"]),
+        N("QuantizeLinear", ["r", "ys", "yz"], ["yq"]), N("DequantizeLinear", ["yq", "ys", "yz"], ["y"]),
+    ]  # fmt: skip
+    return model_of(nodes, weights, {"x": [None, 3, 5, 5]}, 4)
+
+
+def test_int8_weights_and_activations_are_trained_and_written_back() -> None:
+    model = qdq_conv()
+    x = np.random.default_rng(2).standard_normal((2, 3, 5, 5)).astype(np.float32)
+    written = check(model, {"x": x}, {"w", "b"})
+    for name in ("xs", "xz", "ws", "wz", "ys", "bs"):
+        assert written.graph.initializers[name].const_value.tobytes() == (
+            model.graph.initializers[name].const_value.tobytes()
+        )
+    assert written.graph.initializers["wq"].dtype == ir.DataType.INT8
+    check(model, {"x": x}, {"w", "b", "xs", "ys", "ws", "bs"}, train_scales=True)
+
+
+def test_scales_and_codebooks_are_trained_when_asked() -> None:
+    rng = np.random.default_rng(3)
+    linear = encode.linear(rng.integers(-4, 4, (6, 5)), rng.random(5, np.float32) + 0.1, 3, axis=1)
+    palette = encode.palette(rng.integers(0, 8, (6, 5)), rng.standard_normal(8).astype(np.float32), 3)
+    for encoded in (linear, palette):
+        model = encoded_model(encoded)
+        executor = Executor(model, train_scales=True)
+        names = set(executor.parameters_by_name())
+        assert len(names) == 2
+        check(model, {"x": rng.standard_normal((4, 6)).astype(np.float32)}, names, train_scales=True)
+
+
+def test_codes_read_twice_are_one_weight() -> None:
+    rng = np.random.default_rng(4)
+    weights = {"q": rng.integers(-127, 127, (5, 5)).astype(np.int8), "s": np.float32(0.01)}
+    nodes = [
+        N("DequantizeLinear", ["q", "s"], ["w1"]), N("DequantizeLinear", ["q", "s"], ["w2"]),
+        N("MatMul", ["x", "w1"], ["h"]), N("MatMul", ["h", "w2"], ["y"]),
+    ]  # fmt: skip
+    model = model_of(nodes, weights, {"x": [None, 5]}, 2)
+    assert len(Executor(model).parameters_by_name()) == 1
+    check(model, {"x": rng.standard_normal((2, 5)).astype(np.float32)}, set(Executor(model).parameters_by_name()))
+
+
+def test_integers_packed_below_a_byte_behind_dequantize_linear() -> None:
+    rng = np.random.default_rng(5)
+    for encoded in (
+        encode.int_tensor(rng.integers(-4, 4, (6, 5)).astype(np.int8), 3),
+        encode.palette(rng.integers(0, 8, (6, 5)), rng.choice(np.arange(-127, 127), 8, False).astype(np.int8), 3),
+    ):
+        nodes = [N("DequantizeLinear", ["W", "s"], ["w"]), N("MatMul", ["x", "w"], ["y"])]
+        weights = {"W": np.zeros((6, 5), np.int8), "s": np.float32(0.1)}
+        model = model_of(nodes, weights, {"x": [None, 6]}, 2)
+        encode.attach(model, model.graph.initializers["W"], encoded)
+        check(model, {"x": rng.standard_normal((2, 6)).astype(np.float32)}, {"w"})
+
+
+def test_pruned_zeros_stay_zero() -> None:
+    rng = np.random.default_rng(6)
+    weight = rng.standard_normal((8, 8)).astype(np.float32)
+    weight[rng.random((8, 8)) < 0.5] = 0
+    model = model_of([N("MatMul", ["x", "W"], ["y"])], {"W": weight}, {"x": [None, 8]}, 2)
+    feeds = {"x": rng.standard_normal((3, 8)).astype(np.float32)}
+    written = check(model, feeds, {"W"})
+    after = written.graph.initializers["W"].const_value.numpy()
+    np.testing.assert_array_equal(after == 0, weight == 0)
+    assert not np.array_equal(after, weight)
+    free = Executor(model, keep_zeros=False)
+    train(free, feeds)
+    assert (free.write_back(model).graph.initializers["W"].const_value.numpy() != 0).all()
+
+
+@pytest.mark.parametrize("dtype", [TensorProto.FLOAT16, TensorProto.BFLOAT16])
+def test_half_precision_weights_are_written_in_their_type(dtype) -> None:
+    rng = np.random.default_rng(7)
+    stored = helper.make_tensor("W", dtype, [4, 4], rng.standard_normal(16).astype(np.float32))
+    nodes = [N("Cast", ["W"], ["w"], to=TensorProto.FLOAT), N("MatMul", ["x", "w"], ["y"])]
+    model = model_of(nodes, {"W": stored}, {"x": [None, 4]}, 2)
+    feeds = {"x": rng.standard_normal((3, 4)).astype(np.float32)}
+    executor = Executor(model)
+    written = check(model, feeds, set(executor.parameters_by_name()))
+    assert written.graph.initializers["W"].dtype == ir.DataType(dtype)
