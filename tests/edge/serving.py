@@ -16,7 +16,7 @@ from featherweight.edge import http as blocks
 from featherweight.edge.serve.app import Options, build
 from featherweight.edge.serve.models import load
 
-F, I, S, B = TensorProto.FLOAT, TensorProto.INT64, TensorProto.STRING, TensorProto.BOOL
+FLOAT, INT64, STRING, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.STRING, TensorProto.BOOL
 
 
 def save(path: Path, nodes, inputs, outputs, tensors=()):
@@ -47,8 +47,8 @@ def head(folder: Path) -> Path:
     return save(
         folder / "head.onnx",
         nodes,
-        [("image", F, ["n", 3, 8, 8])],
-        [("features", F, ["n", 16, 8, 8])],
+        [("image", FLOAT, ["n", 3, 8, 8])],
+        [("features", FLOAT, ["n", 16, 8, 8])],
         {"w": weights(16, 3, 3, 3)},
     )
 
@@ -63,7 +63,11 @@ TAIL = [
 def tail(folder: Path) -> Path:
     """features -> logits (n, 5)."""
     return save(
-        folder / "tail.onnx", TAIL, [("features", F, ["n", 16, 8, 8])], [("logits", F, ["n", 5])], {"v": weights(16, 5)}
+        folder / "tail.onnx",
+        TAIL,
+        [("features", FLOAT, ["n", 16, 8, 8])],
+        [("logits", FLOAT, ["n", 5])],
+        {"v": weights(16, 5)},
     )
 
 
@@ -75,7 +79,9 @@ def whole(folder: Path, name: str = "whole", *, scale: float = 1.0) -> Path:
         *TAIL,
     ]
     tensors = {"w": weights(16, 3, 3, 3), "v": scale * weights(16, 5)}
-    return save(folder / f"{name}.onnx", nodes, [("image", F, ["n", 3, 8, 8])], [("logits", F, ["n", 5])], tensors)
+    return save(
+        folder / f"{name}.onnx", nodes, [("image", FLOAT, ["n", 3, 8, 8])], [("logits", FLOAT, ["n", 5])], tensors
+    )
 
 
 def image(rows: int = 1, seed: int = 0):

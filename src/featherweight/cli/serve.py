@@ -26,14 +26,14 @@ from featherweight.errors import FeatherweightError
 @option("--threads", type=click.IntRange(1, 1024), section="Target", help="Threads of one run. [default: all cores]")
 @option("--workers", type=click.IntRange(1, 256), default=1, show_default=True, section="Target",
         help="Runs of a model at the same time.")  # fmt: skip
-@option("--max-batch", type=click.IntRange(1, 4096), default=32, show_default=True, section="Search",
+@option("--max-batch", type=click.IntRange(1, 4096), default=32, show_default=True, section="Budget",
         help="Most rows of one run; 1: requests are never joined.")  # fmt: skip
-@option("--max-delay", type=options.LATENCY, default="5ms", show_default=True, section="Search",
+@option("--max-delay", type=options.LATENCY, default="5ms", show_default=True, section="Budget",
         help="Longest time a request is held back for company.")  # fmt: skip
-@option("--queue", type=click.IntRange(1, 1_000_000), default=256, show_default=True, section="Search",
+@option("--queue", type=click.IntRange(1, 1_000_000), default=256, show_default=True, section="Budget",
         help="Requests that may wait for a model; more get 503.")  # fmt: skip
-@option("--max-body", type=options.SIZE, default="64MB", show_default=True, section="Data", help="Of one request.")
-@option("--max-axis", type=click.IntRange(1), default=4096, show_default=True, section="Data",
+@option("--max-body", type=options.SIZE, default="64MB", show_default=True, section="Budget", help="Of one request.")
+@option("--max-axis", type=click.IntRange(1), default=4096, show_default=True, section="Budget",
         help="Longest open axis of an input.")  # fmt: skip
 @option("--drain", type=options.DURATION, default="30s", show_default=True, section="Target",
         help="Time for requests in progress after SIGTERM.")  # fmt: skip
@@ -65,8 +65,8 @@ def _serve(
 ) -> None:  # fmt: skip
     import asyncio
     import logging
+    from importlib.metadata import version
 
-    from featherweight import __version__
     from featherweight.edge import access, http
     from featherweight.edge.serve.app import Options, build
     from featherweight.edge.serve.models import load_all
@@ -86,7 +86,7 @@ def _serve(
     for model in served:
         click.echo(f"{model.name}: {model.why}", err=True)
     chosen = Options(
-        workers=workers, max_batch=max_batch, max_delay_s=delay_ms / 1e3, queue=queue, version=__version__
+        workers=workers, max_batch=max_batch, max_delay_s=delay_ms / 1e3, queue=queue, version=version("featherweight")
     )  # fmt: skip
     app = build(served, token=token, limits=http.Limits(body_bytes=parse_size(max_body)), options=chosen)
     if access_log:
