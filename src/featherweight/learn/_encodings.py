@@ -22,7 +22,7 @@ from featherweight.graph import surgery
 from featherweight.graph.encode import Encoded, decode, read, recipes, rows
 from featherweight.graph.encode.make import arrays_of
 from featherweight.graph.encode.match import INDEX, match
-from featherweight.graph.encode.sink import Free, Tree
+from featherweight.graph.encode.sink import NARROW_FLOATS, Free, Tree
 from featherweight.learn import _grids, _tensors
 from featherweight.learn._trained import Holder, Trained, find_value, stored_tensor
 
@@ -183,9 +183,8 @@ def _recognised(model: ir.Model, value: ir.Value, notes: list[Note]) -> Found:
     if layout.stages > 1:
         notes.append(Note(value.name or "", "a sum of codebook vectors keeps its codes; its codebooks are trained"))
         return None
-    if node is not None and node.op_type == "Cast" and encoded.kind != "float16":
-        if value.dtype in _grids_narrow():
-            return None  # read behind the Cast: the value in front of it is the weight
+    if node is not None and node.op_type == "Cast" and value.dtype in NARROW_FLOATS:
+        return None  # read behind the Cast: the value in front of it is the weight
     leaves = _leaves(encoded, value)
     grid, part_key, field = _grid(encoded)
     index = leaves.pop(INDEX, None)
@@ -197,10 +196,6 @@ def _recognised(model: ir.Model, value: ir.Value, notes: list[Note]) -> Found:
     store = _Fields(value.name or "", grid, field)
     reads = ((index,),) if index is not None else ((),)
     return holder, Trained(name, initial, (value,), grid, parts, reads, store)
-
-
-def _grids_narrow() -> tuple[ir.DataType, ir.DataType]:
-    return ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 
 
 def _grid(encoded: Encoded) -> tuple[nn.Module, str, str]:

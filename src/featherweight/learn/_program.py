@@ -153,9 +153,10 @@ class Program:
         number = self.number(value)
         if value in self.sources:
             self._add_source(value)
-        elif number not in self.parameters and value.const_value is not None:
-            if value.const_value.dtype in _tensors.HELD:
-                self.constants[number] = _tensors.from_ir(value.const_value)
+            return
+        stored = value.const_value
+        if number not in self.parameters and stored is not None and stored.dtype in _tensors.HELD:
+            self.constants[number] = _tensors.from_ir(stored)
 
     def _add_source(self, value: ir.Value) -> None:
         source = self.sources[value]

@@ -16,7 +16,8 @@ _UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "Abs": torch.abs, "Acos": torch.acos, "Acosh": torch.acosh, "Asin": torch.asin, "Asinh": torch.asinh,
     "Atan": torch.atan, "Atanh": torch.atanh, "Cos": torch.cos, "Cosh": torch.cosh, "Erf": torch.erf,
     "Exp": torch.exp, "Log": torch.log, "Neg": torch.neg, "Reciprocal": torch.reciprocal, "Relu": torch.relu,
-    "Sigmoid": torch.sigmoid, "Sin": torch.sin, "Sinh": torch.sinh, "Softplus": functional.softplus, "Softsign": functional.softsign,
+    "Sigmoid": torch.sigmoid, "Sin": torch.sin, "Sinh": torch.sinh,
+    "Softplus": functional.softplus, "Softsign": functional.softsign,
     "Sqrt": torch.sqrt, "Tan": torch.tan, "Tanh": torch.tanh, "HardSwish": functional.hardswish,
     "Mish": functional.mish,
 }  # fmt: skip
