@@ -96,7 +96,7 @@ class Server:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self._runner, self.port = self.call(blocks.start(self.app, "127.0.0.1", port, tls=tls, drain_s=5))
+        self._runner, self.port = self.call(blocks.start(self.app, "127.0.0.1", port, tls=tls))
         self.token = token
         self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
 
@@ -105,8 +105,7 @@ class Server:
 
     def stop(self):
         if self._runner is not None:
-            blocks.state(self.app).draining = True
-            self.call(self._runner.cleanup())
+            self.call(blocks.drain(self._runner, 5))
             self._runner = None
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()

@@ -31,6 +31,7 @@ Answer = web.StreamResponse
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _RETRY_AFTER_S = 1
+_DRAIN_POLL_S = 0.02
 _log = logging.getLogger("featherweight.http")
 # The library logs each malformed request with a traceback; strangers must not be able to fill a disk with them.
 _library_log = logging.getLogger("featherweight.http.library")
@@ -79,14 +80,16 @@ class State:
     limits: Limits
     hosts: frozenset[str] | None
     draining: bool = False
+    active: int = 0
+    """Requests begun and not yet answered."""
     held_bytes: int = 0
-    secure: bool = False
+    held: dict[int, int] = field(default_factory=dict)
+    """Bytes held by each request, by its id()."""
     on_answer: list[Callable[[web.Request, int, float], None]] = field(default_factory=list)
     """Called after each request with its status and seconds."""
 
 
 _STATE: web.AppKey[State] = web.AppKey("featherweight_state", State)
-_HELD = "featherweight_held_bytes"
 
 
 def application(
@@ -178,12 +181,12 @@ async def read_body(request: web.Request) -> bytes:
 def hold(request: web.Request, size: int) -> None:
     """Count bytes held for this request until it is answered. Raises RequestError when it, or all, hold too many."""
     now = request.app[_STATE]
-    held = request.get(_HELD, 0) + size
+    held = now.held.get(id(request), 0) + size
     if held > now.limits.body_bytes:
         raise _too_large(now.limits)
     if now.held_bytes + size > now.limits.held_bytes:
         raise RequestError.busy("the server holds as much data as it may; ask again later")
-    request[_HELD] = held
+    now.held[id(request)] = held
     now.held_bytes += size
 
 
@@ -216,29 +219,33 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Every failure becomes an error JSON; what a handler did not foresee says nothing of the server's inside."""
     now = request.app[_STATE]
     started = time.perf_counter()
+    now.active += 1
     try:
-        response = await handler(request)
+        response = await _answered(request, handler)
+        _harden(response, now)
+        await _send(request, response, now.limits)
+    finally:
+        now.active -= 1
+        now.held_bytes -= now.held.pop(id(request), 0)
+    seconds = time.perf_counter() - started
+    for tell in now.on_answer:
+        tell(request, response.status, seconds)
+    return response
+
+
+async def _answered(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """The response of the handler, or the one that its exception means."""
+    try:
+        return await handler(request)
     except RequestError as e:
-        response = json_answer({"error": str(e)}, status=e.status, headers=e.headers)
+        return json_answer({"error": str(e)}, status=e.status, headers=e.headers)
     except web.HTTPException as e:
         text = {404: "there is nothing at this path", 405: "this path does not take this method"}
         kept = {k: v for k, v in e.headers.items() if k == "Allow"}
-        response = json_answer({"error": text.get(e.status, e.reason)}, status=e.status, headers=kept)
-    except asyncio.CancelledError:
-        raise
+        return json_answer({"error": text.get(e.status, e.reason)}, status=e.status, headers=kept)
     except Exception:
         _log.exception("a request to %r failed", request.path[:200])
-        response = json_answer({"error": "the server failed to answer this request"}, status=500)
-    finally:
-        now.held_bytes -= request.pop(_HELD, 0)
-    _harden(response, now)
-    try:
-        await _send(request, response, now.limits)
-    finally:
-        seconds = time.perf_counter() - started
-        for tell in now.on_answer:
-            tell(request, response.status, seconds)
-    return response
+        return json_answer({"error": "the server failed to answer this request"}, status=500)
 
 
 def _harden(response: web.StreamResponse, now: State) -> None:
@@ -291,9 +298,9 @@ def _refuse_web_pages(request: web.Request, now: State) -> None:
 
 
 async def start(
-    app: web.Application, host: str, port: int, *, tls: ssl.SSLContext | None = None, drain_s: float = 30.0
+    app: web.Application, host: str, port: int, *, tls: ssl.SSLContext | None = None
 ) -> tuple[web.AppRunner, int]:
-    """Listen; the runner and the port really used (`port` 0 takes a free one). `runner.cleanup()` drains and ends.
+    """Listen; the runner and the port really used (`port` 0 takes a free one). `drain` ends it.
 
     Raises FeatherweightError if the address cannot be had.
     """
@@ -301,7 +308,7 @@ async def start(
     runner = web.AppRunner(
         app, access_log=None, keepalive_timeout=limits.idle_s, lingering_time=2.0, auto_decompress=False,
         max_line_size=limits.header_bytes, max_field_size=limits.header_bytes, max_headers=100,
-        shutdown_timeout=drain_s, handle_signals=False, logger=_library_log,
+        shutdown_timeout=1.0, handle_signals=False, logger=_library_log,
     )  # fmt: skip
     await runner.setup()
     try:
@@ -329,12 +336,27 @@ async def run_until_stopped(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    runner, real_port = await start(app, host, port, tls=tls, drain_s=drain_s)
+    runner, real_port = await start(app, host, port, tls=tls)
     try:
         on_ready(real_port)
         await stop.wait()
     finally:
-        app[_STATE].draining = True
-        await runner.cleanup()
+        await drain(runner, drain_s)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
+
+
+async def drain(runner: web.AppRunner, drain_s: float) -> None:
+    """Take no new connections, let requests in progress end (at most `drain_s`), then close everything.
+
+    Here and not in the library's cleanup, which stops reading bodies that are still arriving.
+    """
+    now = runner.app[_STATE]
+    now.draining = True
+    for site in list(runner.sites):
+        await site.stop()
+    end = time.monotonic() + drain_s
+    await runner.shutdown()  # the app's on_shutdown: called again by cleanup, so it must bear being called twice
+    while now.active and time.monotonic() < end:
+        await asyncio.sleep(_DRAIN_POLL_S)
+    await runner.cleanup()
