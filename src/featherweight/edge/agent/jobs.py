@@ -258,12 +258,12 @@ class Jobs:
         for name, sha256 in model.beside:
             beside = folder / name
             beside.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _link(self._store.path(sha256), beside)
+            shutil.copyfile(self._store.path(sha256), beside)  # weights with a second name are refused as not their own
         return path
 
 
 def _link(source: Path, target: Path) -> None:
-    """The same bytes at another name; a hard link, because the runtime refuses weights behind symbolic ones."""
+    """The same bytes at another name, without a copy where the file system allows it."""
     try:
         os.link(source, target)
     except OSError:
