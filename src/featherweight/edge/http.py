@@ -222,15 +222,20 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     now.active += 1
     try:
         response = await _answered(request, handler)
+        _release(request, now)
         _harden(response, now)
         await _send(request, response, now.limits)
+        seconds = time.perf_counter() - started
+        for tell in now.on_answer:
+            tell(request, response.status, seconds)
     finally:
+        _release(request, now)
         now.active -= 1
-        now.held_bytes -= now.held.pop(id(request), 0)
-    seconds = time.perf_counter() - started
-    for tell in now.on_answer:
-        tell(request, response.status, seconds)
     return response
+
+
+def _release(request: web.Request, now: State) -> None:
+    now.held_bytes -= now.held.pop(id(request), 0)
 
 
 async def _answered(request: web.Request, handler: Handler) -> web.StreamResponse:

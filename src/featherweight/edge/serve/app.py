@@ -274,7 +274,10 @@ def _write_answer(
     for name in wanted:
         if name not in outputs:
             raise RequestError(422, f"the model gave no value for its optional output {name!r}")
-    tensors = [pack(n, outputs[n]) if binary else json_tensor(n, outputs[n]) for n, binary in wanted.items()]
+    try:
+        tensors = [pack(n, outputs[n]) if binary else json_tensor(n, outputs[n]) for n, binary in wanted.items()]
+    except ProtocolError as e:
+        raise RequestError(422, str(e)) from e
     return write_message(header, "outputs", tensors)
 
 
