@@ -7,11 +7,12 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 
-from featherweight.core import Action, Profile, Site
+from featherweight.core import Action, Profile, Silent, Site
 from featherweight.errors import TechniqueError
 from featherweight.graph import channels as ch
 from featherweight.graph import io, surgery
 from featherweight.runtime import ort
+from featherweight.search.options import structure_options
 from featherweight.stats import collect
 from featherweight.techniques import Context, get
 from featherweight.testing.contract import TechniqueContract
@@ -156,6 +157,16 @@ def test_wide_groups_keep_multiples_of_eight():
     keeps = [a.get("keep") for a in PRUNE.options(model, site, context(model, feeds))]
     assert keeps
     assert all(k % 8 == 0 for k in keeps)
+
+
+@pytest.mark.parametrize(("integer", "multiple"), [(False, 8), (True, 16)])
+def test_widths_off_the_kernels_multiple_are_known_to_be_slow(integer, multiple):
+    model, feeds = linear_pair(128)
+    found = structure_options(model, [PRUNE], context(model, feeds), {}, Silent(), integer=integer)
+    (options,) = found.groups.values()
+    kept = {o.decision.actions[0].get("keep"): o for o in options if not o.decision.keeps}
+    assert {keep % 16 for keep in kept} == {0, 8}
+    assert {keep for keep, o in kept.items() if o.time > o.work} == {k for k in kept if k % multiple}
 
 
 def test_nodes_asked_to_stay_are_left_alone():
