@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 torch = pytest.importorskip("torch")
+torch.set_num_threads(1)
 
 from featherweight.graph import encode, io  # noqa: E402
 from featherweight.learn.execute import Executor  # noqa: E402
