@@ -40,7 +40,8 @@ __all__ = ["Access", "RemoteBench", "connect", "device_profile"]
 
 TOKEN_VARIABLE = "FEATHERWEIGHT_AGENT_TOKEN"
 PART_BYTES = 16 << 20
-"""Inputs go in parts of about this size: a part and its outputs are what a device must hold at once."""
+PART_BATCHES = 256
+"""Inputs go in parts of about these sizes: a part and its outputs are what a device must have room for."""
 _TRIES = 3
 _SAID_ABOVE_BYTES = 1 << 20
 ProgressCallback = Callable[[int, int], None]
@@ -356,13 +357,13 @@ class _Part:
 
 
 def _cut(batches: Any) -> Iterator[list[Any]]:
-    """Runs of consecutive batches of about PART_BYTES."""
+    """Runs of consecutive batches of about PART_BYTES, of PART_BATCHES at most."""
     part: list[Any] = []
     held = 0
     for batch in batches.batches():
         part.append(batch)
         held += sum(np.asarray(a).nbytes for a in batch.feeds.values())
-        if held >= PART_BYTES:
+        if held >= PART_BYTES or len(part) >= PART_BATCHES:
             yield part
             part, held = [], 0
     if part:
