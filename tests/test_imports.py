@@ -34,7 +34,8 @@ ALLOWED = {
     "report": BASE,
     "embeddings": SEARCHED,
     "words": SEARCHED | {"embeddings"},
-    "inspection": SEARCHED,
+    "inspection": SEARCHED | {"edge"},
+    "target_view": SEARCHED | {"inspection", "edge"},
     "channel_view": GRAPH,
     "layer_view": SEARCHED,
     "pipeline": SEARCHED | {"inspection", "report", "convert", "learn", "edge"},
@@ -44,7 +45,7 @@ ALLOWED = {
     "learn": SEARCHED,
     "edge": MEASURED,
     "cli": SEARCHED
-    | {"pipeline", "inspection", "channel_view", "layer_view", "report", "demo", "embeddings", "words"}
+    | {"pipeline", "inspection", "target_view", "channel_view", "layer_view", "report", "demo", "embeddings", "words"}
     | {"convert", "learn", "edge"},
     "__init__": set(),
 }

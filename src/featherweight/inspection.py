@@ -19,6 +19,8 @@ from featherweight.errors import DataError
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from featherweight.edge.fitting import Fit
+    from featherweight.edge.predict import Prediction
     from featherweight.graph.cost import Costs, TrainingMemory
     from featherweight.graph.weights import Weight
 
@@ -50,7 +52,10 @@ class TensorLine:
 
 @dataclass(frozen=True, slots=True)
 class NodeLine:
-    """One node's cost a call, None where its shapes are not known; `latency_ms` only where data was given."""
+    """One node's cost a call, None where its shapes are not known.
+
+    `latency_ms` is measured, and only there where data was given; `predicted_ms` only for a device that is not here.
+    """
 
     name: str
     op_type: str
@@ -58,6 +63,7 @@ class NodeLine:
     weight_bytes: int
     output_bytes: int | None
     latency_ms: float | None = None
+    predicted_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +80,8 @@ class Inspection:
     """Everything `inspect` found. Counts are a call at batch `batch`.
 
     `inference_bytes` are all stored tensors and the planned peak of activations, which is at `peak_node`; `training`
-    is by optimiser.
+    is by optimiser. For a target other than this machine `predicted_ms` is the predicted latency of a call there, None
+    where its profile has nothing to predict from, and `fit` whether it fits there.
     """
 
     model: str
@@ -99,6 +106,8 @@ class Inspection:
     bit_floors: tuple[BitFloor, ...] = ()
     encodings: Mapping[str, int] = field(default_factory=dict)
     target: Profile | None = None
+    predicted_ms: float | None = None
+    fit: Fit | None = None
     notes: tuple[Note, ...] = ()
 
 
@@ -108,11 +117,11 @@ def inspect(
     data: Any = None,
     preprocess: Any = None,
     tokenizer: Path | None = None,
-    profile: str | Path | None = None,
+    profile: Profile | str | Path | None = None,
     batch: int = 1,
     threads: int = 1,
 ) -> Inspection:
-    """Look into a model file; runs it (in a child process) only if `data` is given.
+    """Look into a model file; runs it (in a child process) only if `data` or a device as `profile` is given.
 
     Raises ModelError for an unusable file, DataError where the data does not fit it, RunError if it does not run.
     """
@@ -122,17 +131,17 @@ def inspect(
     from featherweight.runtime.measure import node_times
     from featherweight.runtime.targets import load_profile
 
+    target = profile if isinstance(profile, Profile) else load_profile("this" if profile is None else profile)
     path = Path(model)
     original = io.load(path)
     graph = normalise(original, run=None).model
     found = weights(graph)
     times: Mapping[str, float] = {}
-    notes: list[Note] = []
-    if data is None:
-        shapes = _assumed_shapes(_ports(graph.graph.inputs), batch, notes)
-    else:
-        feeds = _feeds(original, data, preprocess, tokenizer, batch)
-        shapes = {name: tuple(array.shape) for name, array in feeds.items()}
+    shapes, feeds, notes = input_shapes(original, graph, data, preprocess, tokenizer, batch)
+    prediction, fit = (None, None)
+    if profile is not None and target.arch != "any":
+        prediction, fit = _on_device(path, graph, target, shapes, feeds, notes)
+    if feeds and prediction is None:
         times = node_times(path, feeds, threads=threads).ms
     counted = cost.costs(graph, input_shapes=shapes)
     notes += [Note(name, "shape not known: its operations and memory are counted as none") for name in counted.unknown]
@@ -147,7 +156,7 @@ def inspect(
         outputs=_ports(original.graph.outputs),
         ops=dict(Counter(_op(node) for node in original.graph.all_nodes()).most_common()),
         tensors=_tensors(original, found),
-        nodes=_nodes(counted, times),
+        nodes=_nodes(counted, times, prediction.per_node if prediction is not None else {}),
         parameters=sum(t.elements for t in _stored(original)),
         weight_bytes=sum(t.size_bytes for t in _stored(original)),
         compressible_bytes=sum(w.size_bytes for w in found),
@@ -159,9 +168,48 @@ def inspect(
         training={"adam": counted.train_bytes("adam"), "sgd": counted.train_bytes("sgd")},
         bit_floors=bit_floors(found, file_bytes),
         encodings=_encodings(original),
-        target=load_profile("this" if profile is None else profile),
+        target=target,
+        predicted_ms=None if prediction is None else prediction.ms,
+        fit=fit,
         notes=(*notes, *skipped(graph)),
     )
+
+
+def input_shapes(
+    original: ir.Model, graph: ir.Model, data: Any, preprocess: Any, tokenizer: Path | None, batch: int
+) -> tuple[dict[str, tuple[int, ...]], dict[str, Any], list[Note]]:
+    """(shapes of the inputs, the first batch of the data or nothing, what was assumed)."""
+    notes: list[Note] = []
+    if data is None:
+        return _assumed_shapes(_ports(graph.graph.inputs), batch, notes), {}, notes
+    feeds = _feeds(original, data, preprocess, tokenizer, batch)
+    return {name: tuple(array.shape) for name, array in feeds.items()}, feeds, notes
+
+
+def _on_device(
+    path: Path, graph: ir.Model, target: Profile, shapes: dict[str, tuple[int, ...]], feeds: dict[str, Any],
+    notes: list[Note],
+) -> tuple[Prediction | None, Fit]:  # fmt: skip
+    """The predicted latency on another device (None for this machine, which is measured), and whether it fits there."""
+    from featherweight.edge import predict
+    from featherweight.errors import RunError
+    from featherweight.graph import io
+    from featherweight.runtime.targets import is_this_machine
+
+    fit = predict.fits(graph, target, shapes=shapes, file_bytes=io.size_bytes(path))
+    if feeds and is_this_machine(target):
+        return None, fit
+    if not target.predicts:
+        notes.append(
+            Note(target.name, "its profile has no rates to predict a latency from: run `featherweight profile`")
+        )
+        return None, fit
+    notes += predict.denormal_notes(graph)
+    try:
+        return predict.latency_of_file(path, target, feeds or None, shapes=shapes), fit
+    except RunError as e:
+        notes.append(Note(path.name, f"does not run here ({e}): its latency is predicted from the graph alone"))
+        return predict.latency(graph, target, shapes), fit
 
 
 def bit_floors(found: list[Weight], file_bytes: int) -> tuple[BitFloor, ...]:
@@ -236,9 +284,10 @@ def _tensors(original: ir.Model, found: list[Weight]) -> tuple[TensorLine, ...]:
     return tuple(sorted(lines, key=lambda line: (-line.size_bytes, line.name)))
 
 
-def _nodes(counted: Costs, times: Mapping[str, float]) -> tuple[NodeLine, ...]:
+def _nodes(counted: Costs, times: Mapping[str, float], predicted: Mapping[str, float]) -> tuple[NodeLine, ...]:
     return tuple(
-        NodeLine(n.name, n.op_type, n.macs, n.weight_bytes, n.output_bytes, times.get(n.name)) for n in counted.nodes
+        NodeLine(n.name, n.op_type, n.macs, n.weight_bytes, n.output_bytes, times.get(n.name), predicted.get(n.name))
+        for n in counted.nodes
     )
 
 

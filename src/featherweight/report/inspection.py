@@ -25,6 +25,7 @@ def inspection_parts(found: Inspection, *, everything: bool = False) -> list[Ren
     return [
         Text.assemble((found.model, "bold"), f"  {format_bytes(found.file_bytes)}"),
         pairs(overview(found)),
+        *device_parts(found),
         *bit_parts(found),
         *memory_parts(found),
         *tensor_parts(found, everything=everything),
@@ -61,6 +62,21 @@ def target_words(target: Profile) -> str:
     """What matters of the target for integer types."""
     dot = "int8 dot products" if target.int8_dot else "no int8 dot products: weights are kept pair-safe"
     return f"{target.name}, {target.arch}, {dot}"
+
+
+def device_parts(found: Inspection) -> list[RenderableType]:
+    """Whether it fits the target, and how fast it is predicted to be there."""
+    if found.fit is None or found.target is None:
+        return []
+    fit = found.fit
+    rows = {"fits": "yes" if fit.ok else "no: " + "; ".join(fit.reasons)}
+    if found.predicted_ms is not None:
+        rows["latency"] = f"{format_ms(found.predicted_ms)} a call, predicted from the profile"
+    have = format_bytes(found.target.memory_bytes)
+    rows["memory"] = f"{format_bytes(fit.memory_bytes)} of {have}, planned, the runtime included"
+    if found.target.storage_bytes is not None:
+        rows["storage"] = f"{format_bytes(fit.storage_bytes)} of {format_bytes(found.target.storage_bytes)}"
+    return [heading(f"On {found.target.name}", found.target.description), pairs(rows)]
 
 
 def bit_parts(found: Inspection) -> list[RenderableType]:
@@ -114,24 +130,27 @@ def tensor_parts(found: Inspection, *, everything: bool) -> list[RenderableType]
 
 def node_parts(found: Inspection, *, everything: bool) -> list[RenderableType]:
     """The most expensive nodes: by measured time if there is any, else by MACs."""
-    timed = any(n.latency_ms is not None for n in found.nodes)
-    ranked = sorted(found.nodes, key=lambda n: (-(n.latency_ms or 0.0), -(n.macs or 0), -(n.output_bytes or 0)))
-    costly = [n for n in ranked if everything or n.macs or n.latency_ms]
+    predicted = found.predicted_ms is not None
+    times = {n.name: n.predicted_ms if predicted else n.latency_ms for n in found.nodes}
+    timed = any(t is not None for t in times.values())
+    ranked = sorted(found.nodes, key=lambda n: (-(times[n.name] or 0.0), -(n.macs or 0), -(n.output_bytes or 0)))
+    costly = [n for n in ranked if everything or n.macs or times[n.name]]
     if not costly:
         return []
     shown = costly if everything else costly[:TOP]
-    total = sum(n.latency_ms or 0.0 for n in found.nodes) if timed else float(found.macs)
+    total = sum(t or 0.0 for t in times.values()) if timed else float(found.macs)
     columns = [Column("node", cut="middle", least=26), Column("op", optional=1), Column("MACs", "right")]
     columns += [Column("output", "right", optional=2)] + ([Column("time", "right")] if timed else [])
     made = Grid([*columns, Column("share", "right"), Column("", optional=3)])
     for n in shown:
-        share = ((n.latency_ms or 0.0) if timed else (n.macs or 0)) / (total or 1.0)
+        share = ((times[n.name] or 0.0) if timed else (n.macs or 0)) / (total or 1.0)
         output = "-" if n.output_bytes is None else format_bytes(n.output_bytes)
         cells = [n.name, n.op_type, format_count(n.macs) if n.macs else "-", output]
-        cells += [format_ms(n.latency_ms)] if timed else []
+        cells += [format_ms(times[n.name])] if timed else []
         made.add(*cells, format_percent(share), bar(share))
     title = "Time" if timed else "Operations"
-    detail = f"{format_ms(total)} in all nodes, measured" if timed else f"{format_count(found.macs)} MACs a call"
+    how = "predicted" if predicted else "measured"
+    detail = f"{format_ms(total)} in all nodes, {how}" if timed else f"{format_count(found.macs)} MACs a call"
     return [heading(title, f"{detail}; the top {len(shown)} of {len(found.nodes)} nodes"), indented(made)]
 
 

@@ -99,6 +99,7 @@ def session(
     spin: bool = False,
     profile_prefix: str | Path | None = None,
     optimised_path: str | Path | None = None,
+    prepack: bool = True,
 ) -> Session:
     """Load a model file (or its bytes) on the CPU.
 
@@ -109,6 +110,7 @@ def session(
         spin: let idle threads of the pool spin. Off, because two pools that spin make each other look slow.
         profile_prefix: turn the profiler on; its file starts with this.
         optimised_path: write the optimised graph there.
+        prepack: let kernels keep weights in a form of their own; without it the profiler also tells weights' shapes.
 
     Raises:
         RunError: the runtime refuses the model; the text says which operator or shape and why.
@@ -124,6 +126,8 @@ def session(
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if profile_prefix is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile_prefix)
@@ -185,10 +189,19 @@ def _op_types(graph: Any) -> list[str]:
 
 
 def profile_events(path: Path) -> list[dict[str, Any]]:
-    """Node events of a profile: dicts with `name` (of the node), `op`, `us` (kernel time). In call order."""
+    """Node events of a profile in call order.
+
+    Dicts with `name` (of the node), `op`, `us` (kernel time), `inputs` and `outputs` (lists of {type: shape}).
+    """
     suffix = "_kernel_time"
     return [
-        {"name": e["name"][: -len(suffix)], "op": e["args"].get("op_name", ""), "us": float(e["dur"])}
+        {
+            "name": e["name"][: -len(suffix)],
+            "op": e["args"].get("op_name", ""),
+            "us": float(e["dur"]),
+            "inputs": e["args"].get("input_type_shape", []),
+            "outputs": e["args"].get("output_type_shape", []),
+        }
         for e in json.loads(path.read_text())
         if e.get("cat") == "Node" and e["name"].endswith(suffix)
     ]

@@ -61,7 +61,7 @@ def _node_times(path: str, feeds: dict[str, Array], threads: int, calls: int) ->
     for event in events:
         sums[event["name"]].append(event["us"] / 1000)
         types[event["name"]] = event["op"]
-    origin = _Origin(path)
+    origin = Origin(path)
     ms: dict[str, float] = defaultdict(float)
     op_types: dict[str, str] = {}
     for name, times in sums.items():
@@ -73,10 +73,11 @@ def _node_times(path: str, feeds: dict[str, Array], threads: int, calls: int) ->
     return NodeTimes(dict(ms), Counter(types.values()), op_types)
 
 
-class _Origin:
+class Origin:
     """Finds the file's node behind a name of the optimised graph."""
 
     def __init__(self, path: str) -> None:
+        """`path`: the file as it was before optimisation."""
         import onnx
 
         self._producers: dict[str, Any] = {}

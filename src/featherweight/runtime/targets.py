@@ -25,12 +25,14 @@ __all__ = [
     "THIS",
     "cpu_flags",
     "has_int8_dot",
+    "is_this_machine",
     "load_profile",
     "parse_cpuinfo",
     "parse_sysctl",
     "profile_from_json",
     "profile_names",
     "quiet_cpus",
+    "shipped_profiles",
     "this_machine",
     "to_json",
 ]
@@ -132,14 +134,30 @@ def profile_names() -> tuple[str, ...]:
     return (THIS, *sorted(shipped))
 
 
+def shipped_profiles() -> tuple[Profile, ...]:
+    """All shipped devices by memory, the smallest first; `portable` is none."""
+    found = (load_profile(name) for name in profile_names() if name != THIS)
+    return tuple(sorted((p for p in found if p.arch != "any"), key=lambda p: (p.memory_bytes, p.name)))
+
+
+def is_this_machine(profile: Profile) -> bool:
+    """True if a profile was measured on a machine like this one: the same processor features and memory."""
+    here = this_machine()
+    same = profile.measured and profile.arch == here.arch and profile.cpu_flags == here.cpu_flags
+    return same and abs(profile.memory_bytes - here.memory_bytes) <= here.memory_bytes // 50
+
+
 def load_profile(source: str | Path) -> Profile:
     """Profile by name (`this`: the machine itself; `portable` and others shipped) or path of a profile file.
 
     Raises:
-        DataError: no such profile, or the file is not a profile of this version; the text says which field.
+        DataError: no such profile, or the file is not a profile of this version; the text says which field. An address
+            of an agent is none: who can measure there asks it first.
     """
     if source == THIS:
         return this_machine()
+    if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
+        raise DataError(f"'{source}' is an agent's address, and here a profile is needed: a name, or a JSON file")
     path = Path(source)
     if isinstance(source, str) and source in profile_names():
         return profile_from_json((_shipped() / f"{source}.json").read_text(), where=source)
