@@ -97,9 +97,9 @@ def test_node_times_go_to_the_files_nodes(conv):
 
 
 def test_renamed_nodes_are_not_confused_with_longer_names(conv):
-    from featherweight.runtime.profiling import _Origin
+    from featherweight.runtime.profiling import Origin
 
-    origin = _Origin(str(conv))
+    origin = Origin(str(conv))
     assert origin.of("conv1", "Conv") == "conv1"
     assert origin.of("conv1_nchwc", "Conv") == "conv1"
     assert origin.of("r_nchwc", "Conv") == "conv1"  # the fused activation's output names the node that computes
