@@ -1,8 +1,8 @@
 """A model that runs here, there, or half here and half there, whichever works now: `Offload`. See docs/serve.md.
 
-Each request has a deadline. While the server is awaited, the local model stands by: it starts when the answer is
-later than usual (hedging: Dean and Barroso 2013, "The tail at scale"), at the latest so early that its own answer is
-there in time, and at once when the link is found broken. Exactly one answer is returned; nothing is sent twice.
+Each request has a deadline. While the server is awaited, the local model stands by: it starts so early that its answer
+is there in time, and at once when the link is found broken; an answer that is later than usual makes us look. Exactly
+one answer is returned; nothing is sent twice.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ Source = Literal["local", "split", "remote", "cache"]
 _PROBE_MOST_S = 10.0
 _STANDBY = 1.3
 """The local model starts this many times its usual duration before the deadline."""
+_LOOK_S = 0.1
+"""An answer is called late, and a link dead, after this time at the earliest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,8 @@ class Offload:
         tail: name at the server of the model that continues `head`.
         whole: name at the server of the whole model.
         deadline: time within which an answer is wanted ('500ms', or ms); the local model starts in time to keep it.
-        prefer: 'server' asks it while it answers within the deadline; 'fastest' also compares with the local model.
+        prefer: 'server' asks it while it answers within the deadline; 'fastest' also compares with the local model, and
+            starts that as soon as an answer is later than usual (hedging: Dean and Barroso 2013, "The tail at scale").
         wire: float32 tensors travel as 'float32', 'zstd', 'int8' or 'int8+zstd', if the server can unpack them.
         binary: raw tensors instead of JSON; None: if the server announces them.
         token: bearer token, or the file that holds it (a Path).
@@ -129,6 +132,8 @@ class Offload:
         self._slots = threading.Semaphore(in_flight)
         self._pool = ThreadPoolExecutor(in_flight, thread_name_prefix="featherweight-offload")
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._prefer = prefer
+        self._suspected_s: float | None = None
         self._closing = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="featherweight-probe", daemon=True)
         self._watcher.start()
@@ -216,13 +221,15 @@ class Offload:
         flight = Flight()
         with self._lock:
             self._flights.add(flight)
-            wait_s = self._patience_s(mode)
+            usual_s, wait_s = self._patience_s(mode)
         try:
             self._pool.submit(self._travel, mode, feeds, flight, started)
         except RuntimeError:  # closed in the meantime
             self._slots.release()
             return self._run_local(feeds), "local"
-        outputs = flight.wait(started + wait_s - time.monotonic())
+        outputs = flight.wait(started + min(usual_s, wait_s) - time.monotonic())
+        if outputs is None and self._suspect(usual_s):
+            outputs = flight.wait(started + wait_s - time.monotonic())
         if outputs is not None:
             return outputs, mode
         with self._lock:
@@ -237,13 +244,19 @@ class Offload:
         outputs = flight.settle()
         return (own, "local") if outputs is None else (outputs, mode)
 
-    def _patience_s(self, mode: Mode) -> float:
-        """How long the server's answer is awaited alone: as long as it usually takes, and so that the local one is
-        in time.
-        """
+    def _patience_s(self, mode: Mode) -> tuple[float, float]:
+        """Seconds until an answer of the server is late, and until the local model must start."""
         there, here = self._chooser.tracks[mode], self._chooser.tracks["local"]
-        usual = (there.mean_s or self._deadline_s) + 4 * there.deviation_s
-        return min(usual, self._deadline_s - _STANDBY * here.late_s())
+        late_s = max((there.mean_s or self._deadline_s) + 4 * there.deviation_s, _LOOK_S)
+        latest_s = self._deadline_s - _STANDBY * here.late_s()
+        return late_s, min(late_s, latest_s) if self._prefer == "fastest" else latest_s
+
+    def _suspect(self, usual_s: float) -> bool:
+        """An answer is late: have the link looked at. False if it is known to be down already."""
+        with self._changed:
+            self._suspected_s = usual_s
+            self._changed.notify_all()
+            return self._chooser.up
 
     def _travel(self, mode: Mode, feeds: dict[str, Array], flight: Flight, started: float) -> None:
         """Ask the server, in a thread of the pool."""
@@ -273,33 +286,53 @@ class Offload:
                 return
             self._stats.lost += 1
             self._chooser.failed(mode, kind=kind, reason=str(e))
-            waiting = () if self._chooser.up else tuple(self._flights)
+        self._hurry_if_down()
+
+    def _hurry_if_down(self) -> None:
+        """If the link is down, nobody waits for it any longer, and its connections are of no use."""
+        with self._changed:
+            waiting = tuple(self._flights)
             self._changed.notify_all()
+            if self._chooser.up:
+                return
         for flight in waiting:
             flight.hurry()
-        if waiting or not self._chooser.up:
-            self._connection.close()
+        self._connection.close()
 
     def _watch(self) -> None:
-        """Measure the local model, then look at the link: often while it is down, seldom while it is up."""
+        """Measure the local model, then look at the link: often while it is down, else seldom or when in doubt."""
         self._measure_local()
-        pause_s, refreshed = 0.0, 0.0
-        while not self._closing.wait(pause_s):
-            with self._lock:
+        pause_s, refreshed = 0.0, float("-inf")
+        while not self._closing.is_set():
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing.is_set() or self._suspected_s is not None, pause_s)
+                suspected_s, self._suspected_s = self._suspected_s, None
                 up, mode = self._chooser.up, self._chooser.mode
+            if self._closing.is_set():
+                return
+            if up and suspected_s is not None:
+                self._look(suspected_s)
+                continue
             if up and time.monotonic() - refreshed < self._refresh_s:
-                with self._changed:
-                    self._changed.wait(self._probe_s)
-                pause_s = 0.0
+                pause_s = self._probe_s
                 continue
             idle = tuple(m for m in self._ways.modes if m != mode or not up)
             good = self._probe(idle) if idle else True
             if good:
                 refreshed = time.monotonic()
-            now_up = self.stats().up
-            pause_s = (
-                0.0 if now_up else self._probe_s / 4 if good else min(max(1.5 * pause_s, self._probe_s), _PROBE_MOST_S)
-            )
+                pause_s = self._probe_s / 4
+            else:
+                pause_s = min(max(1.5 * pause_s, self._probe_s), _PROBE_MOST_S)
+
+    def _look(self, usual_s: float) -> None:
+        """Ask a server whose answer is late for its health; if that does not come either, the link is down."""
+        try:
+            self._connection.ready(usual_s)
+        except LinkError as e:
+            if e.kind in ("connect", "lost", "timeout"):
+                with self._lock:
+                    self._chooser.down(str(e))
+                self._hurry_if_down()
 
     def _measure_local(self) -> None:
         for _ in range(3):

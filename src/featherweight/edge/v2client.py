@@ -77,7 +77,10 @@ def read_url(url: str) -> tuple[str, str | None]:
     """Base URL, and the model's name if the URL ends in /v2/models/NAME. Raises FeatherweightError for no http URL."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username:
-        raise FeatherweightError(f"a server must be given like https://host:8000, but got {url.partition('?')[0]!r}")
+        shown = f"{parts.scheme}://{parts.hostname or ''}"  # the rest may hold a secret
+        raise FeatherweightError(
+            f"a server must be given like https://host:8000, without name, password or query, but got {shown!r}"
+        )
     path, _, rest = parts.path.partition("/v2/models/")
     path = path.rstrip("/").removesuffix("/v2")
     return f"{parts.scheme}://{parts.netloc}{path}", rest.partition("/")[0] or None
