@@ -150,14 +150,15 @@ def conv_transpose(call: Call) -> Kernel:
         shape = given[4]
         if shape is not None or auto.startswith("SAME"):
             wanted = shape[-rank:] if shape else [n * s for n, s in zip(x.shape[2:], strides, strict=True)]
-            pads = [_cut(f - n, auto) for f, n in zip(full, wanted, strict=True)]
+            pads = [_cut(f - n if shape else max(f - n, 0), auto) for f, n in zip(full, wanted, strict=True)]
         even = all(low == high >= 0 and e < max(s, d) for (low, high), e, s, d in
                    zip(pads, extra, strides, dilations, strict=True))  # fmt: skip
         if even:
             begins = [low for low, _ in pads]
             return _CONV_TRANSPOSE[rank](x, w, b, strides, begins, extra, group, dilations)
         y = _CONV_TRANSPOSE[rank](x, w, b, strides, 0, 0, group, dilations)
-        y = pad_spatial(y, [(-low, e - high) for (low, high), e in zip(pads, extra, strict=True)])
+        y = pad_spatial(y, [(0, e) for e in extra])  # first, for it may be cut again
+        y = pad_spatial(y, [(-low, -high) for low, high in pads])
         return y if b is None or not any(extra) else _bias_in_padding(y, b, full, pads, extra)
 
     return run

@@ -123,16 +123,22 @@ def split(call: Call) -> Kernel:
     return lambda x, sizes: _split(x, ints(sizes), axis, parts)
 
 
+def _bounds(start: int, end: int, step: int, size: int) -> range:
+    """The places a slice takes. Unlike in Python, a start before the first element of a backward slice is that one."""
+    start, end = start + (size if start < 0 else 0), end + (size if end < 0 else 0)
+    if step > 0:
+        return range(min(max(start, 0), size), min(max(end, 0), size), step)
+    return range(min(max(start, 0), size - 1), min(max(end, -1), size - 1), step)
+
+
 def _slice(x: Tensor, starts: Sequence[int], ends: Sequence[int], axes: Sequence[int], steps: Sequence[int]) -> Tensor:
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         axis %= x.ndim
-        size = x.shape[axis]
-        # Python's own rules for bounds and negative steps are those of ONNX, once the "to the very start" end is said.
-        span = range(size)[slice(start, None if step < 0 and end < -size else end, step)]
-        if step > 0:
-            x = x.narrow(axis, span.start, span.stop - span.start if len(span) else 0) if step == 1 else (
-                x[(slice(None),) * axis + (slice(span.start, max(span.stop, span.start), step),)]
-            )  # fmt: skip
+        span = _bounds(start, end, step, x.shape[axis])
+        if step == 1:
+            x = x.narrow(axis, span.start, len(span))
+        elif step > 0:
+            x = x[(slice(None),) * axis + (slice(span.start, max(span.stop, span.start), step),)]
         else:
             x = x.index_select(axis, torch.tensor(list(span), dtype=torch.long, device=x.device))
     return x
