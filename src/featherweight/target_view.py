@@ -38,14 +38,17 @@ def target_view(
     model: str | Path,
     *,
     profiles: tuple[Profile, ...] | None = None,
+    also: str | Path | None = None,
     data: Any = None,
     preprocess: Any = None,
     tokenizer: Path | None = None,
     batch: int = 1,
 ) -> TargetView:
-    """Compare devices (default: all shipped ones). The model is run here once, in a child, to see what it executes.
+    """Compare devices: `profiles` (default: all shipped ones) and the name or file `also`.
 
-    Raises ModelError for an unusable file, DataError where the data does not fit it.
+    The model is run here once, in a child, to see what it executes.
+
+    Raises ModelError for an unusable file, DataError where the data does not fit it or `also` is no profile.
     """
     from featherweight.edge import observe
     from featherweight.edge.predict import denormal_notes, fits, latency, predict_operators
@@ -53,7 +56,7 @@ def target_view(
     from featherweight.graph import io
     from featherweight.graph.normalise import normalise
     from featherweight.inspection import input_shapes
-    from featherweight.runtime.targets import shipped_profiles
+    from featherweight.runtime.targets import load_profile, shipped_profiles
 
     path = Path(model)
     original = io.load(path)
@@ -65,7 +68,8 @@ def target_view(
         ops = None
         notes.append(Note(path.name, f"does not run here ({e}): predicted from its graph alone"))
     lines = []
-    for profile in shipped_profiles() if profiles is None else profiles:
+    devices = list(shipped_profiles() if profiles is None else profiles)
+    for profile in devices if also is None else [load_profile(also), *devices]:
         fit = fits(graph, profile, shapes=shapes, file_bytes=io.size_bytes(path))
         ms = None
         if profile.predicts and fit.memory:

@@ -124,6 +124,8 @@ def _profile(link: Link) -> Profile:
 class RemoteBench:
     """Measures on the device of an agent. See `connect`, and `runtime.bench.Bench` for the calls."""
 
+    latency_from = "measured"
+
     def __init__(self, link: Link, worker: Worker, profile: Profile, runtime: str) -> None:
         """`profile` is the device's own."""
         self.host = f"{profile.name} (agent)"

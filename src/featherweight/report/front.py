@@ -35,7 +35,9 @@ def front_parts(report: Report) -> list[RenderableType]:
 
 def front_table(report: Report) -> Grid:
     """One row a point, smallest first."""
-    names = ("#", "size", "of original", "drop", "95%", "latency", "faster")
+    predicted = any(a.measured is not None and a.measured.latency_from != "measured" for a in report.front)
+    latency = "latency, predicted" if predicted else "latency"
+    names = ("#", "size", "of original", "drop", "95%", latency, "faster")
     columns = [Column(name, "right", optional=2 if name == "95%" else 0) for name in names]
     made = Grid([*columns, Column("techniques", cut="end", optional=1)])
     for a in sorted(report.front, key=lambda a: a.measured.size_bytes if a.measured else 0):

@@ -56,7 +56,13 @@ def _head(report: Report) -> str:
     ]
     if r.latency_ratio is not None:
         change = wording.change_words(1.0, r.latency_ratio, "faster", "slower")
-        cards.append(("latency", format_ms(r.latency_ms), change))
+        cards.append(
+            (
+                "latency" if r.latency_from == "measured" else f"{r.latency_from} latency",
+                format_ms(r.latency_ms),
+                change,
+            )
+        )
     if r.peak_bytes is not None:
         change = wording.change_words(b.peak_bytes, r.peak_bytes, "less", "more")
         cards.append(("peak memory", format_bytes(r.peak_bytes), change))

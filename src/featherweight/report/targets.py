@@ -10,11 +10,11 @@ from rich.text import Text
 
 from featherweight.core import Profile
 from featherweight.quantities import format_bytes, format_ms
-from featherweight.report.terminal import Column, Grid, heading, indented
-from featherweight.report.text import pairs
+from featherweight.report.terminal import Column, Grid, bullets, heading, indented
+from featherweight.report.text import note_parts, pairs
 
 if TYPE_CHECKING:
-    from featherweight.target_view import TargetLine
+    from featherweight.target_view import TargetView
 
 BEST = 3
 
@@ -59,13 +59,13 @@ def _kernel_parts(profile: Profile) -> list[RenderableType]:
     return [heading("Operators", f"{len(profile.kernels)} measured"), indented(made)]
 
 
-def target_parts(lines: list[TargetLine]) -> list[RenderableType]:
+def target_parts(view: TargetView) -> list[RenderableType]:
     """Every device side by side."""
     made = Grid(
         [Column("device"), Column("fits"), Column("latency", "right"), Column("memory", "right"), Column("of", "right"),
-         Column("power", "right", optional=1), Column("why not", cut="end", least=20)]
+         Column("power", "right", optional=1)]
     )  # fmt: skip
-    for line in lines:
+    for line in view.lines:
         made.add(
             line.name,
             "yes" if line.fits else "no",
@@ -73,8 +73,10 @@ def target_parts(lines: list[TargetLine]) -> list[RenderableType]:
             format_bytes(line.memory_bytes),
             format_bytes(line.device_memory_bytes),
             "-" if line.busy_w is None else f"{line.busy_w:g} W",
-            "; ".join(line.reasons),
             style="" if line.fits else "dim",
         )
+    head = Text.assemble((view.model, "bold"), f"  {format_bytes(view.lines[0].storage_bytes)}" if view.lines else "")
     detail = "latency predicted from each device's profile, not measured"
-    return [heading("Devices", detail), indented(made)]
+    why = [Text.assemble((line.name, "bold"), f": {'; '.join(line.reasons)}") for line in view.lines if line.reasons]
+    reasons = [heading("Why not"), bullets(why)] if why else []
+    return [head, heading("Devices", detail), indented(made), *reasons, *note_parts(view.notes, everything=False)]

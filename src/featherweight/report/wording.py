@@ -145,7 +145,7 @@ def _latency_rows(original: Measurement, result: Measurement, b: Budget) -> list
     ok = all(known) if known else None
     rows = [
         Row(
-            "latency",
+            "latency" if result.latency_from == "measured" else f"latency, {result.latency_from}",
             format_ms(original.latency_ms),
             format_ms(result.latency_ms),
             change,

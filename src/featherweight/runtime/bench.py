@@ -27,10 +27,12 @@ class Bench(Protocol):
     """Runs saved models and says what came out and what it took.
 
     `host` and `runtime` name where it was and which runtime, as reports show them; `profile` is the device's own,
-    or None where the user's choice of a target decides.
+    or None where the user's choice of a target decides. `latency_from` says what its latencies are: "measured", or
+    "predicted" from a profile.
     """
 
     host: str
+    latency_from: str
     runtime: str
     profile: Profile | None
 
@@ -73,6 +75,7 @@ class Here:
     """The machine that the search runs on."""
 
     profile: Profile | None = None
+    latency_from = "measured"
 
     def __init__(self, worker: Worker) -> None:
         """`worker` runs evaluations; latency and memory take children of their own."""

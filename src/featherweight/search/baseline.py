@@ -53,6 +53,7 @@ def measure_baseline(problem: Problem) -> Baseline:
         macs=problem.macs(),
         runtime=problem.bench.runtime,
         host=problem.bench.host,
+        latency_from=problem.bench.latency_from,
         seed=problem.request.seed,
         **costs,
     )
@@ -68,7 +69,9 @@ def _baseline_costs(problem: Problem) -> dict[str, Any]:
         alone = problem.bench.latency(
             problem.runnable, problem.runnable, feeds, threads=problem.request.threads, time_limit_s=QUICK_LATENCY_S
         )
-        costs |= {"latency_ms": alone.original_ms, "p95_ms": alone.original_p95_ms}
+        costs["latency_ms"] = alone.original_ms
+        if problem.bench.latency_from == "measured":  # a prediction has no tail
+            costs["p95_ms"] = alone.original_p95_ms
     if problem.budget.max_peak_bytes is not None or problem.budget.minimize == "memory":
         memory = problem.bench.memory(problem.runnable, feeds[0])
         costs |= {"peak_bytes": memory.peak_bytes, "load_ms": memory.load_ms}

@@ -101,7 +101,16 @@ def _measure_candidate(problem: Problem, known: Baseline, path: Path) -> Measure
 
 def _latency(problem: Problem, path: Path, feeds: list[dict[str, np.ndarray]], seconds: float) -> dict[str, Any]:
     found = problem.bench.latency(problem.runnable, path, feeds, threads=problem.request.threads, time_limit_s=seconds)
-    return {"latency_ms": found.candidate_ms, "p95_ms": found.candidate_p95_ms, "latency_ratio": found.ratio}
+    return {
+        "latency_ms": found.candidate_ms,
+        "p95_ms": _p95(problem, found.candidate_p95_ms),
+        "latency_ratio": found.ratio,
+    }
+
+
+def _p95(problem: Problem, ms: float) -> float | None:
+    """A prediction has no tail."""
+    return ms if problem.bench.latency_from == "measured" else None
 
 
 def _measurement(
@@ -121,6 +130,7 @@ def _measurement(
         macs=cost.costs(io.load(path), input_shapes=problem.shapes()).macs,
         runtime=problem.bench.runtime,
         host=problem.bench.host,
+        latency_from=problem.bench.latency_from,
         seed=problem.request.seed,
         **costs,
     )
@@ -153,14 +163,15 @@ def on_holdout(
     before = scored(problem.runnable, record_to=folder)
     after = scored(path, reference=folder)
     feeds = first_feeds(data, LATENCY_FEEDS)
-    problem.progress.start("measuring latency and memory")
+    how = "measuring" if problem.bench.latency_from == "measured" else "predicting"
+    problem.progress.start(f"{how} latency, measuring memory")
     timing = problem.bench.latency(
         problem.runnable, path, feeds, threads=problem.request.threads, time_limit_s=PROOF_LATENCY_S
     )
     memory, before_memory = (problem.bench.memory(p, feeds[0]) for p in (path, problem.runnable))
     costs = {
         "latency_ms": timing.candidate_ms,
-        "p95_ms": timing.candidate_p95_ms,
+        "p95_ms": _p95(problem, timing.candidate_p95_ms),
         "latency_ratio": timing.ratio,
         "peak_bytes": memory.peak_bytes,
         "load_ms": memory.load_ms,
@@ -172,7 +183,7 @@ def on_holdout(
         metric=value,
         n_samples=before.n_samples,
         latency_ms=timing.original_ms,
-        p95_ms=timing.original_p95_ms,
+        p95_ms=_p95(problem, timing.original_p95_ms),
         peak_bytes=before_memory.peak_bytes,
         load_ms=before_memory.load_ms,
     )
