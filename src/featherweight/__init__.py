@@ -46,7 +46,8 @@ if TYPE_CHECKING:
         TechniqueError,
     )
     from featherweight.inspection import Inspection, inspect
-    from featherweight.pipeline import Comparison, apply, compare, compress, decide, frontier
+    from featherweight.learn.result import Distilled
+    from featherweight.pipeline import Comparison, apply, compare, compress, decide, distill, frontier
 
 __version__ = "0.1.0"
 
@@ -61,7 +62,8 @@ _HOMES = {
         " RemoteError RunError TechniqueError"
     ),
     "inspection": "Inspection inspect",
-    "pipeline": "Comparison apply compare compress decide frontier",
+    "learn.result": "Distilled",
+    "pipeline": "Comparison apply compare compress decide distill frontier",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
@@ -74,6 +76,7 @@ __all__ = [
     "Comparison",
     "DataError",
     "Decision",
+    "Distilled",
     "Effect",
     "FeatherweightError",
     "Inspection",
@@ -99,6 +102,7 @@ __all__ = [
     "compare",
     "compress",
     "decide",
+    "distill",
     "frontier",
     "inspect",
     "split",

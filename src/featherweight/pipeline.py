@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from featherweight.core import Progress, Report, Silent
 from featherweight.errors import BudgetError, FeatherweightError, OutputError, RemoteError
@@ -25,7 +25,10 @@ from featherweight.search.replay import apply
 from featherweight.search.request import Request
 from featherweight.search.rounds import fit, fronts, plain_int8
 
-__all__ = ["Comparison", "apply", "compare", "compress", "decide", "frontier"]
+if TYPE_CHECKING:
+    from featherweight.learn.result import Distilled
+
+__all__ = ["Comparison", "apply", "compare", "compress", "decide", "distill", "frontier"]
 
 
 def compress(
@@ -145,6 +148,30 @@ def _bench(target: Any, let_in: tuple[Any, Any, Any], worker: Worker, progress: 
     notice = (progress or Silent()).trying
     with remote.connect(target, worker, let_in=remote.Access(*let_in), notice=notice) as bench:
         yield bench
+
+
+def distill(
+    teacher: str | Path, student: str | Path, data: Any, *, progress: Progress | None = None, **asked: Any
+) -> Distilled:
+    """Let the original teach a compressed model and write the result with its report; see `learn.distill`.
+
+    Args:
+        teacher: the original ONNX model.
+        student: a compressed ONNX model, or what else `--student` takes.
+        data: as in `compress`; labels are not needed.
+        progress: where long work reports itself.
+        **asked: out, time_budget, max_memory, resume and the fields of `learn.distill.Asked`.
+
+    Raises:
+        MissingExtraError: torch is not installed.
+        FeatherweightError: of the kind that names what is wrong with the models, the data or the request.
+    """
+    from featherweight.learn.distill import distill as teach
+    from featherweight.report import distillation
+
+    found = teach(teacher, student, data, progress=progress, **asked)
+    distillation.write(found, found.out)
+    return found
 
 
 def _request(model: str | Path, data: Any, out: str | Path | None, asked: dict[str, Any]) -> Request:

@@ -53,11 +53,18 @@ def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 model_argument = click.argument("model", type=PATH)
 
+trust_option = option(
+    "--trust",
+    is_flag=True,
+    section="Data",
+    help="Load a PyTorch model even if that can run code from its file.",
+)
+
 data_option = option(
     "--data", required=True, metavar="DATA", section="Data", help=".npz, image folder, .tsv, or module:function."
 )
 
-data_reading_options = _all(
+form_options = _all(
     option(
         "--preprocess",
         metavar="SPEC",
@@ -65,6 +72,10 @@ data_reading_options = _all(
         help="How images become inputs: a preset, key=value pairs, or a JSON file (docs/formats.md).",
     ),
     option("--tokenizer", type=PATH, metavar="FILE", section="Data", help="tokenizer.json for text data."),
+)
+
+data_reading_options = _all(
+    form_options,
     option(
         "--batch-size",
         type=click.IntRange(min=1),
@@ -98,9 +109,10 @@ machine_options = _all(
     option(
         "--target",
         "profile",
-        metavar="this|portable|FILE",
+        metavar="this|NAME|FILE|URL",
         section="Target",
-        help="The device. Default: measured here, integer weights right on any CPU. this: trust this CPU's kernels.",
+        help="The device: this (trust this CPU's kernels), a shipped name or profile file (latency is predicted), or an "
+        "agent's http://HOST:PORT. Default: measured here, integer weights right on any CPU.",
     ),
     threads_option,
 )
@@ -144,6 +156,7 @@ search_options = _all(
     option("--calibration", metavar="DATA", section="Data", help="Data that sets ranges. Default: a part of --data."),
     metric_option,
     data_reading_options,
+    trust_option,
     machine_options,
     agent_options,
     option("--techniques", metavar="A,B", section="Search", help="Use only these. Default: all."),

@@ -1,0 +1,230 @@
+"""Where a student and its teacher can be compared inside, and the blocks between such places.
+
+A place is a tensor of both graphs through which all that is computed from weights must pass: all paths meet there, but
+for masks and shapes, which hold nothing learned. Between two places lies a block, taught by itself from what the
+student really feeds it (Li 2021, BRECQ, arXiv:2102.05426).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from featherweight.graph import surgery
+
+Shape = tuple[int, ...]
+#: A place is inside a block if it is wider than one at most so many places before and one behind.
+HILL = 2
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A tensor of the teacher and the student's that stands for it. `axis`: where widths differ; None if equal."""
+
+    teacher: str
+    student: str
+    axis: int | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """Nodes of the student from some tensors to the pair's. `starts`: its inputs; `weights`: what it may train."""
+
+    starts: tuple[str, ...]
+    end: Pair
+    weights: tuple[str, ...]
+    nodes: tuple[str, ...] = ()
+
+
+def meeting_places(graph: ir.Graph) -> list[str]:
+    """Tensors that everything learned passes, in order: at such a point no other learned value is still to be read.
+
+    The graph must be sorted. A value is learned if it depends on an input and on a stored float of two or more axes.
+    """
+    nodes = list(graph)
+    last: dict[ir.Value, int] = {}
+    for i, node in enumerate(nodes):
+        for value in _reads(node):
+            last[value] = i
+    for value in graph.outputs:
+        last[value] = len(nodes)
+    learned: set[ir.Value] = set()
+    live: set[ir.Value] = set()
+    known: dict[ir.Value, bool] = {}
+    found = []
+    for i, node in enumerate(nodes):
+        reads = list(_reads(node))
+        live -= {v for v in reads if last.get(v, -1) <= i}
+        if any(v in learned for v in reads) or _learns(reads, known):
+            made = [v for v in node.outputs if v in last and not surgery.is_constant(v, known)]
+            learned.update(made)
+            live.update(made)
+            if len(live) == 1 and made and made[0] in live and not made[0].is_graph_output():
+                found.append(made[0].name or "")
+    return found
+
+
+def _reads(node: ir.Node) -> Iterable[ir.Value]:
+    """Values a node reads, in its bodies too."""
+    yield from (v for v in node.inputs if v is not None)
+    for attribute in node.attributes.values():
+        graphs = [attribute.as_graph()] if attribute.type == ir.AttributeType.GRAPH else []
+        graphs += list(attribute.as_graphs()) if attribute.type == ir.AttributeType.GRAPHS else []
+        for body in graphs:
+            for inner in surgery.walk(body):
+                yield from (v for v in inner.inputs if v is not None)
+
+
+def _learns(reads: Sequence[ir.Value], known: dict[ir.Value, bool]) -> bool:
+    """True if the node joins a value of the data with a weight: a constant float of two or more axes."""
+    fixed = [v for v in reads if surgery.is_constant(v, known)]
+    if len(fixed) == len(reads):
+        return False
+    return any(_rank(v) > 1 and _is_float(v) for v in fixed)
+
+
+def _rank(value: ir.Value) -> int:
+    if value.const_value is not None:
+        return len(value.const_value.shape.numpy())
+    return 2 if value.shape is None else len(value.shape)
+
+
+def _is_float(value: ir.Value) -> bool:
+    return value.dtype is None or value.dtype.is_floating_point()
+
+
+def pairs(
+    student: ir.Model,
+    shapes: tuple[Mapping[str, Shape], Mapping[str, Shape]],
+    named: Sequence[tuple[str, str]] = (),
+) -> list[Pair]:
+    """Meeting places of the student that stand for tensors of the teacher, in the student's order.
+
+    Tensors of one name are taken to mean the same, and those `named` (teacher, student). `shapes`: concrete ones of
+    both. Kept are pairs of equal shape, and those that differ on the one axis of channels; of places that follow each
+    other without a matrix between them the last, and of the rest the narrow ones: the trunk between wide inner layers.
+    """
+    theirs, ours = shapes
+    partner = {name: name for name in theirs} | {s: t for t, s in named}
+    found = []
+    for name in meeting_places(student.graph):
+        other = partner.get(name)
+        if other is None or other not in theirs or name not in ours:
+            continue
+        axis = _axis(theirs[other], ours[name])
+        if axis is not False:
+            found.append(Pair(other, name, axis))
+    found = _thinned(student, found)
+    widths = [_width(ours[p.student]) for p in found]
+    hills = [
+        any(w > x for x in widths[max(i - HILL, 0) : i]) and any(w > x for x in widths[i + 1 : i + 1 + HILL])
+        for i, w in enumerate(widths)
+    ]
+    return [p for p, hill in zip(found, hills, strict=True) if not hill]
+
+
+def _width(shape: Shape) -> int:
+    """Channels of a tensor."""
+    return shape[-1 if len(shape) < 4 else 1]
+
+
+def _axis(a: Shape, b: Shape) -> int | bool | None:
+    """None for equal shapes, the one differing axis (not the batch's), False where they do not fit."""
+    if a == b:
+        return None
+    if len(a) != len(b) or len(a) < 2:
+        return False
+    differing = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y]
+    wanted = len(a) - 1 if len(a) in (2, 3) else 1
+    return wanted if differing == [wanted] else False
+
+
+def _thinned(student: ir.Model, found: Sequence[Pair]) -> list[Pair]:
+    """Of neighbours with no matrix between them only the last."""
+    stored = student.graph.initializers
+    between = weights_between(student, [p.student for p in found])
+    matrices = [any(_rank(stored[n]) > 1 for n in names if n in stored) for names in between]
+    return [p for p, following in zip(found, matrices[1:], strict=True) if following]
+
+
+def weights_between(model: ir.Model, places: Sequence[str]) -> list[tuple[str, ...]]:
+    """Names of stored tensors read before the first place, between neighbours, and after the last one."""
+    order = {v.name: i for i, node in enumerate(model.graph) for v in node.outputs}
+    cuts = [order[p] for p in places]
+    nodes = list(model.graph)
+    known: dict[ir.Value, bool] = {}
+    groups: list[tuple[str, ...]] = []
+    for start, end in itertools.pairwise([-1, *cuts, len(nodes)]):
+        stored: dict[str, None] = {}
+        for node in nodes[start + 1 : end + 1]:
+            if all(surgery.is_constant(v, known) for v in node.inputs if v is not None):
+                continue
+            for value in _reads(node):
+                if surgery.is_constant(value, known):
+                    stored.update(dict.fromkeys(_roots(value)))
+        groups.append(tuple(stored))
+    return groups
+
+
+def _roots(value: ir.Value) -> list[str]:
+    """Initializers that a constant is computed from."""
+    todo, found, seen = [value], [], set()
+    while todo:
+        v = todo.pop()
+        if v in seen:
+            continue
+        seen.add(v)
+        producer = v.producer()
+        if producer is None:
+            found.append(v.name or "")
+        else:
+            todo.extend(x for x in producer.inputs if x is not None)
+    return found
+
+
+def blocks(student: ir.Model, places: Sequence[Pair]) -> list[Block]:
+    """The blocks that end at the places, each from the one before; the last, from the last place to the outputs, is not
+    among them: what it should answer is the business of end-to-end training.
+
+    A block also reads what is alive beside its start: inputs of the graph and what is made of them without weights.
+    """
+    between = weights_between(student, [p.student for p in places])
+    inputs = tuple(v.name or "" for v in student.graph.inputs if not v.is_initializer())
+    order = {v.name: i for i, node in enumerate(student.graph) for v in node.outputs}
+    nodes = [node.name or "" for node in student.graph]
+    found, starts, before = [], inputs, -1
+    for place, weights in zip(places, between, strict=False):
+        at = order[place.student]
+        found.append(Block(starts, place, weights, tuple(nodes[before + 1 : at + 1])))
+        before = at
+        starts = reads_behind(student, place.student)
+    return found
+
+
+def reads_behind(model: ir.Model, place: str) -> tuple[str, ...]:
+    """What the part of a graph behind a place reads: the place, and inputs that are still needed."""
+    inputs = [v.name or "" for v in model.graph.inputs if not v.is_initializer()]
+    return (place, *(n for n in inputs if _beside(model, n, place)))
+
+
+def _beside(model: ir.Model, name: str, place: str) -> bool:
+    """True if an input is still needed, directly or through masks made of it, behind `place`."""
+    nodes = list(model.graph)
+    at = next(i for i, node in enumerate(nodes) if any(v.name == place for v in node.outputs))
+    behind = {v for node in nodes[at + 1 :] for v in _reads(node)}
+    made = {v for node in nodes[at + 1 :] for v in node.outputs}
+    todo, seen = [v for v in behind if v not in made and v.name != place], set()
+    while todo:
+        v = todo.pop()
+        if v in seen or v.name == place:
+            continue
+        seen.add(v)
+        if v.name == name:
+            return True
+        producer = v.producer()
+        if producer is not None:
+            todo.extend(x for x in _reads(producer))
+    return False

@@ -1,0 +1,133 @@
+"""Distillation: the original teaches a compressed model on data without labels (Hinton 2015, arXiv:1503.02531).
+
+The student is any ONNX model with the teacher's inputs and outputs; it keeps its encodings, so with quantizers in its
+graph this is quantization-aware training. Stages, each optional and measured: block by block, then end to end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from featherweight.core import Progress, Silent
+from featherweight.errors import BudgetError, DataError, OutputError
+from featherweight.learn.checkpoints import need_torch
+from featherweight.learn.result import Distilled
+from featherweight.quantities import parse_duration, parse_size
+
+STAGES = ("layers", "end")
+DEFAULT_TIME = "20m"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request, checked. Times in seconds, sizes in bytes; None where the default decides.
+
+    `rate`: highest learning rate, relative to the size of each weight; `features`: weight of inner tensors in the loss;
+    `max_steps`: fixes the number of steps of each stage, so that a run does not depend on the clock.
+    """
+
+    teacher: Path
+    student: str
+    stages: tuple[str, ...] = STAGES
+    loss: str = "auto"
+    labels: bool = False
+    metric: str | None = None
+    augment: str = "auto"
+    temperature: float = 1.0
+    features: float | None = None
+    rate: float | None = None
+    ema: float = 0.0
+    train_scales: bool = False
+    batch_size: int = 16
+    max_steps: int | None = None
+    seconds: float | None = None
+    max_memory: int | None = None
+    threads: int = 0
+    seed: int = 0
+    preprocess: Any = None
+    tokenizer: Path | None = None
+    calibration: Any = None
+
+    def __post_init__(self) -> None:
+        unknown = [s for s in self.stages if s not in STAGES]
+        if unknown or not self.stages:
+            raise DataError(f"stages must be some of {', '.join(STAGES)}, but got {', '.join(self.stages) or 'none'}")
+        for name in ("batch_size", "max_steps", "temperature", "rate"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise BudgetError(f"{name} must be > 0, but got {value}")
+        if self.features is not None and self.features < 0:
+            raise BudgetError(f"features must be >= 0, but got {self.features}")
+        if not 0 <= self.ema < 1:
+            raise BudgetError(f"ema must be in 0..1, but got {self.ema}")
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must ask again: everything but how long."""
+        skipped = {"seconds", "teacher", "student"}
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in skipped}
+        return {k: v if v is None or isinstance(v, str | int | float | bool) else str(v) for k, v in fields.items()}
+
+
+def distill(
+    teacher: str | Path,
+    student: str | Path,
+    data: Any,
+    *,
+    out: str | Path | None = None,
+    time_budget: str | float | None = None,
+    max_memory: str | float | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    **asked: Any,
+) -> Distilled:
+    """Teach `student` to answer as `teacher` does, and measure it before and after on data never used for that.
+
+    Args:
+        teacher: the original ONNX model.
+        student: a compressed ONNX model with the same inputs and outputs, or what else `--student` takes.
+        data: npz, image folder, text table, `module:function`, callable or mapping of arrays; labels are not needed.
+        out: run folder for `model.onnx`, `report.json`, `report.html`; None: a temporary one (see the result's `out`).
+        time_budget: of the whole run, e.g. "20m" (the default unless `max_steps` is given).
+        max_memory: limit on the process's memory while training, e.g. "2GB".
+        resume: go on with the run in `out` that was stopped or killed.
+        progress: where long work reports itself.
+        **asked: the fields of `Asked`: stages, loss, labels, metric, augment, temperature, features, rate, ema,
+            train_scales, batch_size, max_steps, threads, seed, preprocess, tokenizer, calibration.
+
+    Raises:
+        MissingExtraError: torch is not installed; the text names the extra.
+        FeatherweightError: of the kind that names what is wrong with the models, the data or the request.
+    """
+    need_torch()
+    from featherweight.learn.running import Run
+
+    known = {f.name for f in dataclasses.fields(Asked)} - {"teacher", "student", "seconds", "max_memory"}
+    unknown = sorted(asked.keys() - known)
+    if unknown:
+        raise TypeError(f"unknown argument {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    if isinstance(asked.get("stages"), str):
+        asked["stages"] = tuple(s.strip() for s in asked["stages"].split(",") if s.strip())
+    given = {k: tuple(v) if k == "stages" else v for k, v in asked.items() if v is not None}
+    seconds = None if time_budget is None else parse_duration(time_budget)
+    if seconds is None and given.get("max_steps") is None:
+        seconds = parse_duration(DEFAULT_TIME)
+    request = Asked(
+        Path(teacher), str(student), seconds=seconds,
+        max_memory=None if max_memory is None else parse_size(max_memory), **given,
+    )  # fmt: skip
+    folder = Path(tempfile.mkdtemp(prefix="featherweight-")) if out is None else Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"the run folder {folder} is a file; name a folder")
+    if (folder / "work").exists() and not resume:
+        if (folder / "work" / "checkpoints").exists():
+            raise OutputError(
+                f"{folder} holds a run that was stopped; continue it with --resume, or name another folder"
+            )
+        shutil.rmtree(folder / "work", ignore_errors=True)
+    with Run(request, data, folder, progress or Silent()) as run:
+        return run.whole(resume=resume)

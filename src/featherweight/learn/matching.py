@@ -1,0 +1,164 @@
+"""End to end: the student's outputs and inner tensors against the teacher's, as one loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from featherweight.data import Dataset
+from featherweight.errors import DataError
+from featherweight.learn import losses
+from featherweight.learn.blocks import Pair
+from featherweight.learn.losses import Projection, Target
+from featherweight.learn.teacher import Lesson, Lessons, Teacher, as_tensors
+from featherweight.learn.training import Check
+from featherweight.runtime.metrics import Metric
+
+Forward = Callable[[Mapping[str, Tensor], Sequence[str]], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How much each part of the loss counts beside the outputs. `labels`: share of the labels in the outputs' loss."""
+
+    features: float = 1.0
+    labels: float = 0.3
+    temperature: float = 1.0
+
+
+class Matching:
+    """The loss of a lesson. `forward(feeds, names)` runs the student and gives outputs and inner tensors by name."""
+
+    def __init__(self, forward: Forward, targets: Sequence[Target], pairs: Sequence[Pair], weights: Weights) -> None:
+        self._forward, self._targets, self._weights = forward, tuple(targets), weights
+        self.pairs = tuple(pairs) if weights.features > 0 else ()
+        self._projections = {p.student: Projection(p.axis) for p in self.pairs if p.axis is not None}
+
+    @property
+    def inner(self) -> list[str]:
+        """Tensors the teacher must give beside its outputs."""
+        return [p.teacher for p in self.pairs]
+
+    @property
+    def fixed(self) -> dict[str, Tensor]:
+        """The maps between features of different widths, by the student's tensor."""
+        return {n: p.weight for n, p in self._projections.items() if p.weight is not None}
+
+    def fit(self, lesson: Lesson) -> None:
+        """Solve the maps between features of different widths on one batch."""
+        if self._projections:
+            with torch.no_grad():
+                found = self._forward(lesson.feeds, list(self._projections))
+            for pair in self.pairs:
+                if pair.student in self._projections:
+                    self._projections[pair.student].fit(found[pair.student], lesson.answers[pair.teacher])
+
+    def __call__(self, lesson: Lesson) -> Tensor:
+        """The loss of one micro-batch, a mean over its samples."""
+        found = self._forward(lesson.feeds, [p.student for p in self.pairs])
+        total = self._outputs(found, lesson)
+        if self.pairs:
+            parts = [self._feature(p, found[p.student], lesson.answers[p.teacher]) for p in self.pairs]
+            total = total + self._weights.features * torch.stack(parts).mean()
+        return total
+
+    def _feature(self, pair: Pair, student: Tensor, teacher: Tensor) -> Tensor:
+        projection = self._projections.get(pair.student)
+        return losses.relative(student if projection is None else projection(student), teacher)
+
+    def _outputs(self, found: Mapping[str, Tensor], lesson: Lesson) -> Tensor:
+        parts = []
+        for target in self._targets:
+            student, teacher = found[target.name], lesson.answers[target.name]
+            mask = mask_for(lesson.feeds, student)
+            part = losses.output_loss(target, student, teacher, temperature=self._weights.temperature, mask=mask)
+            if lesson.labels is not None and target.kind in ("logits", "probabilities"):
+                part = (1 - self._weights.labels) * part + self._weights.labels * self._labelled(
+                    target, student, lesson
+                )
+            parts.append(part)
+        return torch.stack(parts).mean()
+
+    @staticmethod
+    def _labelled(target: Target, student: Tensor, lesson: Lesson) -> Tensor:
+        labels = lesson.labels
+        rows = student.movedim(target.axis, -1).shape[:-1]
+        if labels is None or labels.is_floating_point() or tuple(labels.shape) != tuple(rows):
+            shape = None if labels is None else tuple(labels.shape)
+            raise DataError(
+                f"labels must be class numbers of shape {tuple(rows)} for {target.name!r}, but are {shape}; "
+                "leave out --labels"
+            )
+        return losses.cross_entropy(student, labels, axis=target.axis, probabilities=target.kind == "probabilities")
+
+
+def mask_for(feeds: Mapping[str, Tensor], value: Tensor) -> Tensor | None:
+    """The attention mask (rows, tokens) among the feeds that fits `value` (rows, tokens, d), if any."""
+    if value.ndim != 3:
+        return None
+    fits = (x for n, x in feeds.items() if "mask" in n.lower() and x.ndim == 2 and x.shape == value.shape[:2])
+    return next(fits, None)
+
+
+def steps_of(lessons: Lessons, matching: Matching, step: int) -> Iterator[Callable[[], Tensor]]:
+    """The micro-batches of a step, weighted by their samples."""
+    for lesson in lessons.step(step):
+        share = lesson.n / lessons.batch
+
+        def loss(lesson: Lesson = lesson, share: float = share) -> Tensor:
+            return matching(lesson) * share
+
+        yield loss
+
+
+class Checker:
+    """Loss of the outputs and the metric over validation data that nothing is trained on.
+
+    The teacher's answers are read once; the loss is at temperature 1, without features and labels.
+    """
+
+    def __init__(
+        self, forward: Forward, targets: Sequence[Target], dataset: Dataset, teacher: Teacher, metric: Metric
+    ) -> None:
+        self._forward, self._targets, self._dataset, self._metric = forward, targets, dataset, metric
+        names = [t.name for t in targets]
+        self._answers = [teacher(b.feeds, names) for b in dataset.batches()]
+        self._whole = metric.whole or not self._fits()
+
+    def _fits(self) -> bool:
+        """True if the metric can be read of the outputs that are matched."""
+        return self._metric.output is None or self._metric.output in {t.name for t in self._targets}
+
+    @torch.no_grad()
+    def __call__(self) -> Check:
+        """Look at all validation batches."""
+        total, samples, scores, labels = 0.0, 0, [], []
+        for batch, answers in zip(self._dataset.batches(), self._answers, strict=True):
+            feeds = as_tensors(batch.feeds)
+            found = self._forward(feeds, ())
+            for target in self._targets:
+                mask = mask_for(feeds, found[target.name])
+                loss = losses.output_loss(target, found[target.name], answers[target.name], temperature=1, mask=mask)
+                total += batch.n * float(loss) / len(self._targets)
+            samples += batch.n
+            if not self._whole:
+                ours, theirs = ({t.name: x[t.name].numpy() for t in self._targets} for x in (found, answers))
+                scores.append(
+                    self._metric.per_sample(
+                        ours, theirs, batch.labels, self._dataset.rows_per_sample, feeds=batch.feeds, n=batch.n
+                    )
+                )
+                labels.append(batch.labels)
+        known = [x for x in labels if x is not None]
+        value = None
+        if scores and all(s.ndim for s in scores):
+            joined = np.concatenate(known) if len(known) == len(labels) and known else None
+            value = self._metric.aggregate(np.concatenate(scores), joined)
+        return Check(total / max(samples, 1), value)
+
+
+__all__ = ["Checker", "Forward", "Matching", "Weights", "mask_for", "steps_of"]

@@ -1,0 +1,397 @@
+"""One distillation run: everything that can be refused is refused first, then the stages, then the proof."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from featherweight import data as fwdata
+from featherweight.core import Interval, Measurement, Note, Progress
+from featherweight.errors import DataError, ModelError
+from featherweight.graph import cost, io, surgery
+from featherweight.graph.channels.follow import concrete
+from featherweight.learn import augment, blocks, layerwise, losses, students
+from featherweight.learn.blocks import Pair
+from featherweight.learn.checkpoints import Checkpoints, Saved
+from featherweight.learn.distill import Asked
+from featherweight.learn.matching import Checker, Matching, Weights, steps_of
+from featherweight.learn.proof import Proof
+from featherweight.learn.result import Block, Distilled, Point, Stage
+from featherweight.learn.student import Footprint, Student, fit_memory, resident_bytes, saved_bytes
+from featherweight.learn.teacher import Lessons, Teacher
+from featherweight.learn.training import Outcome, Recipe, Trainer, Work
+from featherweight.quantities import format_bytes
+from featherweight.search.problem import input_specs
+
+#: Share of the data that validates, where nobody said which.
+VALIDATION = 0.12
+#: Share of the time that goes to the blocks where both stages are asked for.
+LAYERS_TIME = 0.3
+#: Highest learning rates relative to the size of each weight, and the weight of inner tensors.
+RATE_LAYERS, RATE_END, FEATURES = 1e-3, 1e-3, 1.0
+#: Of the time budget, for measuring at the end; at least this many seconds.
+PROOF_SHARE, PROOF_S = 0.04, 5.0
+
+
+class Run:
+    """A run folder, its data and models, and where it stands. A context manager; `work` goes at a good end."""
+
+    def __init__(self, asked: Asked, data: Any, out: Path, progress: Progress) -> None:
+        self.asked, self.out, self.progress = asked, out, progress
+        self.work = out / "work"
+        self._data = data
+        self._started = time.monotonic()
+        self._before = 0.0
+        self._stopped = False
+        self.notes: list[Note] = []
+        self._threads = asked.threads or os.cpu_count() or 1
+
+    def __enter__(self) -> Self:
+        """Ctrl-C ends the run after the step at hand; a second one at once."""
+        self._handler: Any = None
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGINT, self._interrupted)
+        self._torch_threads = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Give the signal and torch's threads back; a run refused before its first checkpoint leaves nothing."""
+        torch.set_num_threads(self._torch_threads)
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+        if kind is not None and not (self.work / "checkpoints").exists():
+            shutil.rmtree(self.work, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self.out.rmdir()
+
+    def _interrupted(self, _number: int, _frame: FrameType | None) -> None:
+        if self._stopped:
+            raise KeyboardInterrupt
+        self._stopped = True
+
+    def elapsed(self) -> float:
+        """Seconds of this run so far, pauses between resumed parts not counted."""
+        return self._before + time.monotonic() - self._started
+
+    def whole(self, *, resume: bool) -> Distilled:
+        """Open, train, measure, write."""
+        self._open()
+        saved = self._checkpoints.read() if resume else None
+        with Proof(self.teacher_path, self.student_path, self._holdout, self.asked, self.work, self._threads) as proof:
+            self.progress.start("measuring both models on data kept aside")
+            proof.before()
+            self.metric = proof.metric
+            self._prepare(saved)
+            stages = self._stages(saved, proof)
+            return self._finish(proof, stages)
+
+    def _open(self) -> None:
+        """Models and data; refuses what does not fit together."""
+        asked = self.asked
+        self.progress.start("reading models and data")
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.teacher_path = asked.teacher
+        made = students.make_student(asked.teacher, asked.student, self.work / "student.onnx")
+        self.student_path, self._named = made.path, made.pairs
+        self.notes += made.notes
+        self.teacher, self.student_model = io.load(asked.teacher), io.load(self.student_path)
+        for model in (self.teacher, self.student_model):
+            surgery.sort(model)
+        specs = input_specs(self.teacher)
+        if sorted(s.name for s in specs) != sorted(s.name for s in input_specs(self.student_model)):
+            raise ModelError(
+                f"a student must take its teacher's inputs {sorted(s.name for s in specs)}, but takes "
+                f"{sorted(s.name for s in input_specs(self.student_model))}"
+            )
+        self._split(specs)
+        identity = asked.identity() | {
+            "teacher": io.sha256(asked.teacher), "student": io.sha256(self.student_path), "data": self._train.source
+        }  # fmt: skip
+        self._checkpoints = Checkpoints(self.work / "checkpoints", identity)
+
+    def _split(self, specs: Sequence[fwdata.InputSpec]) -> None:
+        """Training, validation and holdout data; the last two checked and written to disk."""
+        asked = self.asked
+        sources = []
+        for source in [asked.calibration, self._data] if asked.calibration is not None else [self._data]:
+            if source is None:
+                raise DataError("distillation needs data; give some with --data")
+            opened = fwdata.open_data(
+                source, specs, preprocess=asked.preprocess, tokenizer=asked.tokenizer, batch_size=asked.batch_size,
+                spool_folder=self.work / "given",
+            )  # fmt: skip
+            sources.append(opened)
+        evaluation = sources[1] if len(sources) > 1 else None
+        share = 0.7 if evaluation is None else 1 - VALIDATION
+        parts = fwdata.split(
+            sources[0], calibration=share, validation=VALIDATION, seed=asked.seed, evaluation=evaluation
+        )
+        self.notes += [*sources[0].notes, *parts.notes]
+        self._train = parts.calibration
+        for role in ("validation", "holdout"):
+            folder = self.work / role
+            shutil.rmtree(folder, ignore_errors=True)
+            part = getattr(parts, role)
+            if role == "holdout" and part.origin.stackable and not part.fixed:
+                part = dataclasses.replace(part, batch_size=1).of_units(part.units())
+            self.progress.start(f"reading {role} data", part.n_batches)
+            setattr(self, f"_{role}", fwdata.spool(part, folder, inputs=specs, progress=self.progress))
+        if asked.labels and not self._train.has_labels:
+            raise DataError(f"--labels needs labelled data, but {self._train.source} has no labels; leave it out")
+        self._how = augment.parse(asked.augment, self._train)
+        if asked.labels and self._how.mixup:
+            raise DataError("mixtures of images have no labels; leave out --labels or mixup")
+
+    _validation: fwdata.Dataset
+    _holdout: fwdata.Dataset
+
+    def _prepare(self, saved: Saved | None) -> None:
+        """Executor, losses, memory; where the run stood."""
+        asked = self.asked
+        torch.manual_seed(asked.seed)
+        self.student = Student(self.student_model, train_scales=asked.train_scales)
+        if not self.student.parameters():
+            raise ModelError(f"{self.student_path} has no weight that can be trained; give another student")
+        self.notes += self.student.executor.fenced
+        units = self._train.units()
+        first = augment.read(self._train, units[0], augment.Augment(), np.random.default_rng(0))
+        shapes = {
+            n: tuple(2 if i == 0 and not self._train.fixed else d for i, d in enumerate(x.shape))
+            for n, x in first.items()
+        }
+        sizes = concrete(self.teacher, shapes), concrete(self.student_model, shapes)
+        self._pairs = blocks.pairs(self.student_model, sizes, self._named)
+        teacher = Teacher(self.teacher, [p.teacher for p in self._pairs], self.work, threads=self._threads)
+        self._ask = teacher
+        answers = {n: x.numpy() for n, x in teacher(first, [v.name or "" for v in self.teacher.graph.outputs]).items()}
+        self._targets = losses.choose(answers, self.metric, asked.loss)
+        equal = [p for p in self._pairs if p.axis is None]
+        features = FEATURES if asked.features is None else asked.features
+        self._weights = Weights(features=features, temperature=asked.temperature)
+        self._matching = Matching(self.student.forward, self._targets, equal or self._pairs, self._weights)
+        self.progress.start("seeing how the student does now")
+        self._check = Checker(self.student.forward, self._targets, self._validation, teacher, self.metric)
+        self._fit_memory()
+        self._units = self.student.units()  # of the weights as they were given, so that a resumed run has the same
+        if saved is not None:
+            self._restore(saved)
+
+    def _fit_memory(self) -> None:
+        """How many samples at a time, from what one sample takes."""
+        asked = self.asked
+        one = self._lessons(batch=1, micro=1)
+        lesson = next(iter(one.step(0)))
+        stored = sum(p.nbytes for p in self.student.parameters().values())
+        each = max(saved_bytes(lambda: self._matching(lesson)) - stored, 0) // max(lesson.n, 1)
+        ends = sum(lesson.answers[p.teacher].nbytes for p in self._pairs) // max(lesson.n, 1)
+        largest = each // max(len(self._pairs) // 2, 1)
+        footprint = Footprint(5 * stored, each + 2 * ends, 2 * ends + 2 * largest, resident_bytes())
+        self._memory = fit_memory(footprint, asked.batch_size, asked.max_memory)
+        self._footprint = footprint
+        if self._memory.micro < asked.batch_size or self._memory.recompute:
+            again = ", inner values computed again in the backward pass" if self._memory.recompute else ""
+            self.notes.append(
+                Note("memory", f"{self._memory.micro} of {asked.batch_size} samples of a step at a time{again}: "
+                     f"{format_bytes(self._memory.predicted)} predicted at most")
+            )  # fmt: skip
+
+    def _lessons(self, *, batch: int = 0, micro: int = 0) -> Lessons:
+        asked = self.asked
+        return Lessons(
+            self._train, self._ask, batch=batch or asked.batch_size, micro=micro or self._memory.micro,
+            seed=asked.seed, how=self._how, labels=asked.labels,
+        )  # fmt: skip
+
+    def _restore(self, saved: Saved) -> None:
+        """Take the student's weights and the clock from a checkpoint."""
+        self._before = float(saved.state["elapsed"])
+        self._started = time.monotonic()
+        with torch.no_grad():
+            for name, p in self.student.parameters().items():
+                p.copy_(saved.tensors.get(f"student/{name}", saved.tensors.get(f"now/{name}")))
+
+    def _keeper(self, stage: str, block: int, done: Sequence[Stage]) -> Any:
+        return _StageKeeper(self, stage, block, done)
+
+    def _stages(self, saved: Saved | None, proof: Proof) -> list[Stage]:
+        """Train what was asked for; a stage that makes the validation loss worse is taken back."""
+        limit = self._train_until()
+        done: list[Stage] = []
+        if saved is not None:
+            done = [_stage_from(raw) for raw in saved.state["done"]]
+        for name in self.asked.stages:
+            if any(s.name == name for s in done) or self._stopped:
+                continue
+            here = saved if saved is not None and saved.state["stage"] == name else None
+            began = self.elapsed() if here is None else float(here.state["began"])
+            before = {n: p.detach().clone() for n, p in self.student.parameters().items()}
+            first = self._check() if here is None else None
+            loss_before = first.loss if first is not None else float(here.state["loss_before"])  # type: ignore[union-attr]
+            if here is not None:
+                before = {n: here.tensors[f"entry/{n}"] for n in before}
+            self._entry = (began, loss_before, before)
+            both = name == "layers" and "end" in self.asked.stages
+            until = began + (limit - began) * LAYERS_TIME if both else limit
+            run = self._layers if name == "layers" else self._end
+            outcomes, made = run(until, here, done)
+            after = self._check().loss
+            kept = after <= loss_before
+            if not kept:
+                with torch.no_grad():
+                    for n, p in self.student.parameters().items():
+                        p.copy_(before[n])
+            done.append(self._stage(name, outcomes, made, (loss_before, after), kept, self.elapsed() - began, proof))
+            if not self._stopped:
+                self._keeper("", 0, done).write({}, {})
+        return done
+
+    def _train_until(self) -> float:
+        seconds = self.asked.seconds
+        return float("inf") if seconds is None else max(seconds - max(PROOF_S, PROOF_SHARE * seconds), 1.0)
+
+    def _layers(self, until: float, here: Saved | None, done: Sequence[Stage]) -> tuple[list[Outcome], list[Block]]:
+        found = blocks.blocks(self.student_model, self._pairs)
+        asked = self.asked
+        if not found:
+            self.notes.append(Note("layers", "no inner tensor of the student stands for one of the teacher: left out"))
+            return [], []
+        shapes = {n: x.shape for n, x in next(iter(self._validation.batches())).feeds.items()}
+        macs = {n.name: n.macs or 0 for n in cost.costs(self.student_model, input_shapes=shapes).nodes}
+        each = None if asked.max_steps is None else max(1, asked.max_steps // len(found))
+        recipe = Recipe(asked.rate or RATE_LAYERS, most_steps=each, checks=6, patience=6)
+        job = layerwise.Blockwise(
+            self.student.executor, found, [1 + sum(macs.get(n, 0) for n in b.nodes) for b in found], recipe,
+            self._units, asked.seed,
+        )  # fmt: skip
+        start = None if here is None else (int(here.state["block"]), here.state["trainer"], here.tensors)
+        began = self._entry[0]
+        made, outcomes = layerwise.train_blocks(
+            job, self._lessons(), self.work / "blocks", seconds=until - began,
+            keeper=lambda k: self._keeper("layers", k, done), start=start, progress=self.progress,
+            stop=lambda: self._stopped, clock=lambda: self.elapsed() - began,
+        )  # fmt: skip
+        return outcomes, made
+
+    def _end(self, until: float, here: Saved | None, done: Sequence[Stage]) -> tuple[list[Outcome], list[Block]]:
+        lessons = self._lessons()
+        self._matching.fit(next(iter(lessons.step(0))))
+        if self._memory.recompute:
+            cuts = _cuts([p.student for p in self._matching.pairs or self._pairs])
+            found = {b.end.student: b for b in blocks.blocks(self.student_model, [Pair(c, c) for c in cuts])}
+            reads = [found[c].starts for c in cuts]
+            last = blocks.reads_behind(self.student_model, cuts[-1]) if cuts else tuple(shapes_of(self.student_model))
+            self.student.recompute_between(cuts, [*reads, last])
+        work = Work(
+            self.student.parameters(), self._units,
+            lambda step: steps_of(lessons, self._matching, step), self._check, self._matching.fixed,
+        )  # fmt: skip
+        recipe = Recipe(self.asked.rate or RATE_END, ema=self.asked.ema, most_steps=self.asked.max_steps)
+        trainer = Trainer(
+            work, recipe, seconds=until - self._entry[0], keeper=self._keeper("end", 0, done),
+            progress=self.progress, name="end to end", stop=lambda: self._stopped,
+        )  # fmt: skip
+        if here is not None:
+            trainer.resume(here.state["trainer"], here.tensors)
+        outcome = trainer.run()
+        self.student.keep_everything()
+        return [outcome], []
+
+    def write_student(self, path: Path) -> None:
+        """Save the student as it is now, in its own encodings."""
+        io.save(self.student.executor.write_back(self.student_model), path)
+
+    def _stage(
+        self, name: str, outcomes: Sequence[Outcome], made: Sequence[Block], loss: tuple[float, float], kept: bool,
+        seconds: float, proof: Proof,
+    ) -> Stage:  # fmt: skip
+        """The stage's file on the holdout."""
+        self.progress.start("measuring the saved student")
+        path = self.work / f"{name}.onnx"
+        self.write_student(path)
+        reasons = list(dict.fromkeys(o.reason for o in outcomes)) or ["nothing to train"]
+        return Stage(
+            name, seconds, sum(o.steps for o in outcomes), *loss, kept, "; ".join(reasons[:3]), proof.measured(path),
+            outcomes[0].curve if name == "end" and outcomes else (), tuple(made),
+        )  # fmt: skip
+
+    def _finish(self, proof: Proof, stages: list[Stage]) -> Distilled:
+        """Write the model and measure it."""
+        target = self.out / "model.onnx"
+        self.write_student(target)
+        self.progress.start("measuring the result")
+        teacher, before, after, gain = proof.final(target)
+        if not any(s.kept for s in stages):
+            self.notes.append(Note("result", "no stage made the validation loss smaller: the student is as it was"))
+        facts = {
+            "teacher": str(self.asked.teacher), "student": self.asked.student, "data": self._train.source,
+            "samples": {"training": self._train.n_samples, "validation": self._validation.n_samples,
+                        "holdout": self._holdout.n_samples},
+            "augment": str(self._how), "batch": self.asked.batch_size, "micro_batch": self._memory.micro,
+            "recompute": self._memory.recompute, "predicted_peak_bytes": self._memory.predicted,
+            "threads": self._threads, "seed": self.asked.seed, "temperature": self.asked.temperature,
+            "matched": [p.student for p in self._matching.pairs],
+        }  # fmt: skip
+        if not self._stopped:
+            shutil.rmtree(self.work, ignore_errors=True)
+        return Distilled(
+            self.out, target, teacher, before, after, gain.value, gain.interval, proof.reason,
+            tuple(map(str, self._targets)), tuple(stages), self.elapsed(), resident_bytes("VmHWM"),
+            tuple(self.notes), facts, self._stopped,
+        )  # fmt: skip
+
+
+class _StageKeeper:
+    """Keeps the loop's state together with where the run stands."""
+
+    def __init__(self, run: Run, stage: str, block: int, done: Sequence[Stage]) -> None:
+        self._run, self._stage, self._block, self._done = run, stage, block, tuple(done)
+
+    def write(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """One checkpoint of the whole run."""
+        run = self._run
+        began, loss_before, entry = run._entry if self._stage else (0.0, 0.0, {})
+        document = {
+            "stage": self._stage, "block": self._block, "trainer": state, "elapsed": run.elapsed(), "began": began,
+            "loss_before": loss_before, "done": [dataclasses.asdict(s) for s in self._done],
+        }  # fmt: skip
+        student = run.student.parameters().items()
+        everything = {f"student/{n}": p.detach() for n, p in student if f"now/{n}" not in tensors}
+        everything |= {f"entry/{n}": x for n, x in entry.items()}
+        steps = int(state.get("step", 0)) + 10**6 * self._block + 10**8 * len(self._done)
+        run._checkpoints.write(steps, document, {**everything, **tensors})
+
+
+def _stage_from(raw: Mapping[str, Any]) -> Stage:
+    fields = dict(raw)
+    measured = dict(fields.pop("measured"))
+    interval = measured.pop("drop_interval", None)
+    return Stage(
+        **{k: v for k, v in fields.items() if k not in ("curve", "blocks")},
+        measured=Measurement(**measured, drop_interval=None if interval is None else Interval(**interval)),
+        curve=tuple(Point(**p) for p in fields["curve"]),
+        blocks=tuple(Block(**b) for b in fields["blocks"]),
+    )
+
+
+def _cuts(places: Sequence[str]) -> list[str]:
+    """All places: what lies between them is computed again."""
+    return list(places)
+
+
+def shapes_of(model: ir.Model) -> list[str]:
+    """Names of the model's inputs."""
+    return [v.name or "" for v in model.graph.inputs if not v.is_initializer()]

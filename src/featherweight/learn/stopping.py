@@ -1,0 +1,41 @@
+"""When to stop: the best loss on validation data so far, and how long nothing better has come."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Watch:
+    """`best` loss at `best_step`; `since` checks without a better one; None of them before the first check."""
+
+    best: float = math.inf
+    best_step: int = -1
+    since: int = 0
+
+    def seen(self, step: int, loss: float) -> Watch:
+        """After one more check. A loss that is not a number is never better."""
+        if math.isfinite(loss) and loss < self.best:
+            return Watch(loss, step, 0)
+        return dataclasses.replace(self, since=self.since + 1)
+
+    def is_best(self, step: int) -> bool:
+        """True if the best was seen at this step."""
+        return self.best_step == step
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers; an infinite best becomes null."""
+        return {
+            "best": self.best if math.isfinite(self.best) else None,
+            "best_step": self.best_step,
+            "since": self.since,
+        }
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> Watch:
+        """Read `to_json`'s form."""
+        best = raw["best"]
+        return cls(math.inf if best is None else float(best), int(raw["best_step"]), int(raw["since"]))

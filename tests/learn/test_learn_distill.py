@@ -1,0 +1,201 @@
+"""Distillation from the front door: better, reproducible, resumable after a kill, honest about what it cannot do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+torch = pytest.importorskip("torch")
+
+import featherweight as fw  # noqa: E402
+from featherweight.errors import BudgetError, DataError, ModelError, OutputError  # noqa: E402
+from featherweight.graph import io  # noqa: E402
+
+SIDE, CLASSES = 12, 5
+
+
+def network(path: Path, seed: int, width: int = 8, noise: float = 0.0, levels: int = 0) -> Path:
+    """A small classifier (n, 3, 12, 12) -> (n, 5); `noise` is added to weights, which may be rounded to a grid."""
+    rng = np.random.default_rng(seed)
+    extra = np.random.default_rng(seed + 100)
+    sizes = {"a.w": (width, 3, 3, 3), "b.w": (width, width, 3, 3), "c.w": (width, width, 3, 3), "d.w": (CLASSES, width)}
+    stored = []
+    for name, shape in sizes.items():
+        w = rng.normal(size=shape) * 1.4 / np.sqrt(np.prod(shape[1:]))
+        w += noise * extra.normal(size=shape) * w.std()
+        bias = 0.1 * rng.normal(size=shape[0])
+        stored += [(name, w.astype(np.float32)), (name.replace("w", "b"), bias.astype(np.float32))]
+    nodes, initializers = [], []
+    for name, array in stored:
+        if levels and name.endswith("w"):
+            scale = np.float32(np.abs(array).max() / levels)
+            codes = np.clip(np.rint(array / scale), -levels, levels).astype(np.int8)
+            initializers += [numpy_helper.from_array(codes, f"{name}.q"), numpy_helper.from_array(scale, f"{name}.s")]
+            nodes.append(helper.make_node("DequantizeLinear", [f"{name}.q", f"{name}.s"], [name], f"{name}.dq"))
+        else:
+            initializers.append(numpy_helper.from_array(array, name))
+    pads = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}
+    nodes += [
+        helper.make_node("Conv", ["x", "a.w", "a.b"], ["a"], "conv_a", **pads),
+        helper.make_node("Relu", ["a"], ["ra"], "relu_a"),
+        helper.make_node("Conv", ["ra", "b.w", "b.b"], ["b"], "conv_b", **pads),
+        helper.make_node("Relu", ["b"], ["rb"], "relu_b"),
+        helper.make_node("Conv", ["rb", "c.w", "c.b"], ["c"], "conv_c", **pads),
+        helper.make_node("Add", ["c", "ra"], ["sum"], "add"),
+        helper.make_node("Relu", ["sum"], ["rs"], "relu_s"),
+        helper.make_node("GlobalAveragePool", ["rs"], ["pool"], "pool"),
+        helper.make_node("Flatten", ["pool"], ["flat"], "flat"),
+        helper.make_node("Gemm", ["flat", "d.w", "d.b"], ["logits"], "gemm", transB=1),
+    ]
+    graph = helper.make_graph(
+        nodes, "small", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, SIDE, SIDE])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", CLASSES])], initializers,
+    )  # fmt: skip
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("distill")
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(150, 3, SIDE, SIDE)).astype(np.float32)
+    x += 2 * rng.normal(size=(150, 3, 1, 1)).astype(np.float32)
+    np.savez(place / "data.npz", x=x)
+    network(place / "teacher.onnx", 1)
+    network(place / "noisy.onnx", 1, noise=0.4)
+    network(place / "coarse.onnx", 1, levels=2)
+    return place
+
+
+def teach(folder: Path, student: str, **asked: object) -> fw.Distilled:
+    given: dict[str, object] = {"max_steps": 60, "threads": 1, "batch_size": 16, "metric": "kl", **asked}
+    return fw.distill(folder / "teacher.onnx", folder / student, folder / "data.npz", **given)
+
+
+@pytest.mark.parametrize("stages", [("end",), ("layers",), ("layers", "end")])
+def test_a_damaged_student_comes_back(folder: Path, tmp_path: Path, stages: tuple[str, ...]) -> None:
+    found = teach(folder, "noisy.onnx", stages=stages, out=tmp_path / "run", rate=5e-3)
+    assert found.before.drop is not None
+    assert found.after.drop is not None
+    assert found.after.drop < 0.7 * found.before.drop
+    assert [s.name for s in found.stages] == list(stages)
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"model.onnx", "report.json", "report.html"}
+    assert "KL divergence" in found.losses[0]
+
+
+def test_codes_are_trained_and_stay_codes(folder: Path, tmp_path: Path) -> None:
+    found = teach(folder, "coarse.onnx", stages=("end",), out=tmp_path / "run", max_steps=100, rate=3e-2)
+    assert found.recovered is not None
+    assert found.recovered > 0.3
+    before, after = (io.load(p).graph.initializers for p in (folder / "coarse.onnx", found.model))
+    assert {n: v.dtype for n, v in before.items()} == {n: v.dtype for n, v in after.items()}
+    changed = 0
+    for name in before:
+        old, new = before[name].const_value.numpy(), after[name].const_value.numpy()
+        changed += int((old != new).sum()) if name.endswith(".q") else 0
+        assert not name.endswith(".q") or np.abs(new).max() <= 127
+    assert changed > 0
+
+
+def test_same_seed_same_file(folder: Path, tmp_path: Path) -> None:
+    files = [teach(folder, "noisy.onnx", out=tmp_path / n, max_steps=10).model.read_bytes() for n in "ab"]
+    assert files[0] == files[1]
+    other = teach(folder, "noisy.onnx", out=tmp_path / "c", max_steps=10, seed=1).model.read_bytes()
+    assert other != files[0]
+
+
+SCRIPT = """
+import sys
+from featherweight.learn import training
+training.CHECKPOINT_S = 0.0
+import featherweight as fw
+folder, out, resume = sys.argv[1:4]
+fw.distill(folder + "/teacher.onnx", folder + "/noisy.onnx", folder + "/data.npz", out=out, max_steps=36, threads=1,
+           batch_size=16, metric="kl", stages="layers,end", resume=resume == "resume")
+"""
+
+
+def test_killed_and_resumed_ends_where_the_whole_run_ends(folder: Path, tmp_path: Path) -> None:
+    def run(out: str, how: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), str(tmp_path / out), how])
+
+    assert run("whole", "new").wait() == 0
+    for kill_at in (3, 100_000_004):  # inside the blocks, and inside the end-to-end stage
+        process = run("killed", "resume")
+        checkpoints = tmp_path / "killed" / "work" / "checkpoints"
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            steps = [int(p.name.removeprefix("step-")) for p in checkpoints.glob("step-*")]
+            if steps and max(steps) >= kill_at:
+                break
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert run("killed", "resume").wait() == 0
+    assert (tmp_path / "killed" / "model.onnx").read_bytes() == (tmp_path / "whole" / "model.onnx").read_bytes()
+    assert not (tmp_path / "killed" / "work").exists()
+
+
+def test_interrupt_keeps_the_best_so_far(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    code = SCRIPT.replace("max_steps=36", "max_steps=100000")
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder), str(out), "new"])
+    while not list((out / "work" / "checkpoints").glob("step-*")):
+        time.sleep(0.05)
+        assert process.poll() is None
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 0
+    assert (out / "model.onnx").exists()
+    assert (out / "report.html").exists()
+    assert (out / "work" / "checkpoints").exists()
+    with pytest.raises(OutputError, match="--resume"):
+        teach(folder, "noisy.onnx", out=out)
+
+
+def test_another_request_is_not_resumed(folder: Path, tmp_path: Path) -> None:
+    from featherweight.learn.checkpoints import Checkpoints
+
+    Checkpoints(tmp_path / "c", {"seed": 0, "a": (1, 2)}).write(3, {"x": 1}, {"t": torch.zeros(2)})
+    assert Checkpoints(tmp_path / "c", {"seed": 0, "a": [1, 2]}).read() is not None
+    with pytest.raises(DataError, match="seed was 0 and is 1"):
+        Checkpoints(tmp_path / "c", {"seed": 1, "a": [1, 2]}).read()
+
+
+def test_memory_limit_splits_steps_or_refuses(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match="at least"):
+        teach(folder, "noisy.onnx", out=tmp_path / "a", max_memory="10MB")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "text"),
+    [
+        ({"stages": ("middle",)}, DataError, "stages must be"),
+        ({"labels": True}, DataError, "no labels"),
+        ({"augment": "blur"}, DataError, "augment must be"),
+        ({"rate": 0.0}, BudgetError, "rate must be > 0"),
+    ],
+)
+def test_refusals(folder: Path, tmp_path: Path, asked: dict[str, object], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        teach(folder, "noisy.onnx", out=tmp_path / "run", **asked)
+
+
+def test_another_interface_is_refused(folder: Path, tmp_path: Path) -> None:
+    model = onnx.load(folder / "teacher.onnx")
+    model.graph.input[0].name = "y"
+    model.graph.node[0].input[0] = "y"
+    onnx.save(model, tmp_path / "other.onnx")
+    with pytest.raises(ModelError):
+        teach(folder, str(tmp_path / "other.onnx"), out=tmp_path / "run")
