@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
-from featherweight.graph import io
+from featherweight.graph import io, shapes
 from featherweight.graph.cost import costs
 
 N = helper.make_node
@@ -187,3 +187,27 @@ def test_integer_tensors_count_in_their_own_width(build):
         [N("Cast", ["i"], ["y"], to=1)], {}, inputs={"i": [10]}, outputs={"y": [10]}, input_type=TensorProto.INT64
     )
     assert costs(model).peak_activation_bytes == 80 + 40
+
+
+def test_a_mask_made_from_ranges_has_a_known_shape(build):
+    """Causal masks as exporters write them: positions compared with positions, both made from the input's length."""
+    nodes = [
+        N("Shape", ["x"], ["length"], start=1, end=2),
+        N("Reshape", ["length", "scalar"], ["end"]),
+        N("Range", ["zero", "end", "one"], ["positions"]),
+        N("Unsqueeze", ["positions", "last"], ["column"]),
+        N("LessOrEqual", ["positions", "column"], ["allowed"]),
+        N("Where", ["allowed", "keep", "drop"], ["mask"]),
+        N("Gather", ["table", "positions"], ["places"]),
+        N("MatMul", ["mask", "x"], ["seen"]),
+        N("Add", ["seen", "places"], ["y"]),
+    ]
+    stored = {
+        "scalar": np.zeros(0, np.int64), "zero": np.array(0), "one": np.array(1), "last": np.array([1]),
+        "keep": np.float32(0), "drop": np.float32(-1), "table": np.zeros((64, 64), np.float32),
+    }  # fmt: skip
+    model = build(nodes, {k: np.asarray(v) for k, v in stored.items()}, inputs={"x": ["batch", "length", 64]})
+    known = shapes.infer(model, {"x": (2, 5, 64)})
+    assert known["mask"].sizes == (5, 5)
+    assert known["places"].sizes == (5, 64)
+    assert known["y"].sizes == (2, 5, 64)

@@ -24,6 +24,7 @@ _ARITHMETIC = LAYOUT | {
     "Gather", "Shape", "Size", "ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceL2", "ReduceSumSquare",
     "Range", "ConstantOfShape", "Expand", "Tile", "Where", "Equal", "Less", "Greater", "Not", "And", "Or", "Min",
     "Max", "Mod", "Floor", "Ceil", "Sigmoid", "Tanh", "Softplus", "Relu", "MatMul", "Trilu", "Pad", "Sign", "Split",
+    "GreaterOrEqual", "LessOrEqual", "Xor",
 }  # fmt: skip
 _Array = np.ndarray[Any, Any]
 _Env = dict[ir.Value, _Array]
@@ -43,6 +44,45 @@ def fold_expressions(model: ir.Model, *, inputs_below_bytes: int = _UNKNOWN) -> 
     if total:
         surgery.remove_unused(model)
     return f"{total} constant expressions computed" if total else ""
+
+
+def fold_small(model: ir.Model, *, below_bytes: int) -> int:
+    """Compute every node whose inputs are stored tensors below `below_bytes` each, in place; returns how many.
+
+    For scratch copies: results may be larger than what they free, but not by more than `below_bytes`.
+    """
+    total = 0
+    for graph in model.graphs():
+        namer = surgery.Namer(model)
+        for node in list(graph):
+            if node.domain != "" or node.op_type not in _ARITHMETIC or any(o.is_graph_output() for o in node.outputs):
+                continue
+            tensors = [None if v is None else surgery.constant_tensor(v) for v in node.inputs]
+            stored = [t for v, t in zip(node.inputs, tensors, strict=True) if v is not None]
+            if not stored or any(t is None or t.dtype == ir.DataType.STRING or t.nbytes >= below_bytes for t in stored):
+                continue
+            results = _evaluated(node, [surgery.constant(v) for v in node.inputs], below_bytes)
+            if results is None:
+                continue
+            for output, result in zip(node.outputs, results, strict=True):
+                name = output.name or namer("constant")
+                output.name = namer(f"{name}_replaced")
+                surgery.replace_uses(output, surgery.add_initializer(graph, name, result))
+            surgery.remove_node(node)
+            total += 1
+    return total
+
+
+def _evaluated(node: ir.Node, arrays: list[_Array | None], limit: int) -> list[_Array] | None:
+    """The node's results; None where it cannot be computed here or they take more than `limit` bytes."""
+    if _lower_bound(node, arrays) > limit:
+        return None
+    try:
+        results = evaluate(node, arrays)
+    except CANNOT:
+        return None
+    fits = len(results) == len(node.outputs) and sum(r.nbytes for r in results) <= limit
+    return results if fits else None
 
 
 def _is_end(value: ir.Value, known: dict[ir.Value, bool]) -> bool:
@@ -156,9 +196,10 @@ def _elements(shape: _Array) -> int:
     return int(min(float(np.prod(np.maximum(shape.astype(np.float64), 0))), float(_UNKNOWN)))
 
 
-_BROADCAST = frozenset(
-    {"Add", "Sub", "Mul", "Div", "Pow", "Where", "Equal", "Less", "Greater", "And", "Or", "Min", "Max", "Mod"}
-)
+_BROADCAST = frozenset({
+    "Add", "Sub", "Mul", "Div", "Pow", "Where", "Equal", "Less", "Greater", "And", "Or", "Min", "Max", "Mod",
+    "GreaterOrEqual", "LessOrEqual", "Xor",
+})  # fmt: skip
 CANNOT = (
     RuntimeImplementationError, RuntimeContextError, ValueError, TypeError, IndexError, KeyError, NotImplementedError,
     AttributeError, RuntimeError, ZeroDivisionError, OverflowError, MemoryError,

@@ -68,7 +68,7 @@ def infer(model: ir.Model, input_shapes: Mapping[str, tuple[int, ...]] | None = 
         known.update(_infer_once(work))
         if not _fix_computed_shapes(work, known):
             break
-        expressions.fold_expressions(work, inputs_below_bytes=_SMALL_BYTES)
+        expressions.fold_small(work, below_bytes=_SMALL_BYTES)
         for value in (v for g in work.graphs() for v in g.initializers.values() if v.name):
             known[value.name or ""] = Known(value.type, value.shape)
     return known
