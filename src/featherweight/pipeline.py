@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featherweight.core import Progress, Report, Silent
+from featherweight.core import Note, Progress, Report, Silent
 from featherweight.errors import BudgetError, FeatherweightError, OutputError, RemoteError
+from featherweight.quantities import format_bytes
 from featherweight.runtime.sandbox import Worker
 from featherweight.search import comparing, finish
 from featherweight.search.baseline import already_fits, measure_baseline
@@ -32,7 +33,7 @@ __all__ = ["Comparison", "apply", "compare", "compress", "decide", "distill", "f
 
 
 def compress(
-    model: str | Path,
+    model: Any,
     data: Any,
     *,
     out: str | Path | None = None,
@@ -44,7 +45,8 @@ def compress(
     """Find the best compressed model within the limits and prove it on unseen data.
 
     Args:
-        model: ONNX file; it is never changed.
+        model: ONNX file; it is never changed. Or a torch.nn.Module (with example_inputs), torch.export.ExportedProgram,
+            .pt2 file or local Hugging Face folder, converted to `source.onnx` in the run folder and checked first.
         data: npz, image folder, text table, `module:function`, callable or mapping of arrays.
         out: run folder for `model.onnx`, `plan.json`, `report.json`; None: a temporary one (see report.facts["out"]).
         resume: go on with an interrupted run in `out`.
@@ -55,6 +57,7 @@ def compress(
             time_budget, max_candidates. `target` is another word for profile: `this`, a profile's name or file, or
             the address of a device's agent, `http://host:port`, where everything is measured then; its token comes
             from target_token, target_token_file or FEATHERWEIGHT_AGENT_TOKEN, its authority from target_ca.
+            For what is converted: example_inputs, dynamic and trust, as in `convert.to_onnx`.
 
     Returns:
         A Report; `report.ok` says whether the budget is met. With no limit and no objective the goal is a plain
@@ -63,12 +66,12 @@ def compress(
     Raises:
         FeatherweightError: of the kind that names what is wrong with the model, the data or the request.
     """
-    with _opened(_request(model, data, out, asked), resume, progress) as problem:
+    with _opened(model, data, out, asked, resume, progress) as problem:
         return _solve(problem, save_anyway=save_anyway, first_is_enough=False)
 
 
 def decide(
-    model: str | Path,
+    model: Any,
     data: Any,
     *,
     out: str | Path | None = None,
@@ -81,12 +84,12 @@ def decide(
 
     Arguments as in `compress`; the search ends at the first model within the limits.
     """
-    with _opened(_request(model, data, out, asked), resume, progress) as problem:
+    with _opened(model, data, out, asked, resume, progress) as problem:
         return _solve(problem, save_anyway=save_anyway, first_is_enough=True)
 
 
 def frontier(
-    model: str | Path,
+    model: Any,
     data: Any,
     *,
     out: str | Path | None = None,
@@ -96,16 +99,18 @@ def frontier(
     **asked: Any,
 ) -> Report:
     """Measure the trade-off between size and drop at `points` sizes; `report.front` holds what nothing beats."""
-    with _opened(_request(model, data, out, asked), resume, progress) as problem:
+    with _opened(model, data, out, asked, resume, progress) as problem:
         known = measure_baseline(problem)
         return _write(problem, finish.finish_front(problem, known, fronts(problem, known, points)))
 
 
 def compare(
-    original: str | Path,
-    candidate: str | Path,
+    original: Any,
+    candidate: Any,
     data: Any,
     *,
+    example_inputs: Any = None,
+    trust: bool = False,
     target: str | None = None,
     target_token: str | None = None,
     target_token_file: Path | None = None,
@@ -115,8 +120,9 @@ def compare(
     """Measure two models on the same data: metric with a paired test, bytes, latency interleaved, memory, load time.
 
     Args:
-        original, candidate: model files that take the same inputs.
+        original, candidate: models that take the same inputs, as in `compress`.
         data: as in `compress`.
+        example_inputs, trust: as in `compress`.
         target: address of a device's agent to measure on; None: this machine.
         target_token, target_token_file, target_ca: as in `compress`.
         **asked: metric, preprocess, tokenizer, batch_size, threads, seed.
@@ -128,8 +134,21 @@ def compare(
         raise BudgetError(
             f"compare measures here or on an agent, so target must be http://HOST:PORT, but is {target!r}"
         )
-    with Worker() as worker, _bench(target, (target_token, target_token_file, target_ca), worker, None) as bench:
-        return comparing.compare(original, candidate, data, bench=bench, **asked)
+    from featherweight.convert import as_onnx
+
+    opening = {"trust": trust, "example_inputs": example_inputs}
+    with (
+        Worker() as worker,
+        _bench(target, (target_token, target_token_file, target_ca), worker, None) as bench,
+        as_onnx(original, **opening) as (first, converted),
+        as_onnx(candidate, **opening) as (second, also),
+    ):
+        found = [c for c in (converted, also) if c is not None]
+        if asked.get("tokenizer") is None and found:
+            asked["tokenizer"] = found[0].tokenizer
+        compared = comparing.compare(first, second, data, bench=bench, **asked)
+    notes = tuple(n for c in found for n in (Note(c.source, c.line), *c.notes))
+    return dataclasses.replace(compared, notes=(*notes, *compared.notes))
 
 
 def _is_address(target: object) -> bool:
@@ -139,15 +158,22 @@ def _is_address(target: object) -> bool:
 
 @contextlib.contextmanager
 def _bench(target: Any, let_in: tuple[Any, Any, Any], worker: Worker, progress: Progress | None) -> Iterator[Any]:
-    """Where models are measured: the device at the address `target`, or None for this machine."""
+    """Where models are measured: the device at the address `target`, or None for this machine.
+
+    For a device that is not here and has a profile to predict from, latency is predicted.
+    """
     if not _is_address(target):
-        yield None
+        from featherweight.edge import predicting
+
+        device = predicting.device_of(target)
+        yield None if device is None else predicting.Predicting(device, worker)
         return
     from featherweight.edge import remote
 
     notice = (progress or Silent()).trying
     with remote.connect(target, worker, let_in=remote.Access(*let_in), notice=notice) as bench:
         yield bench
+
 
 
 def distill(
@@ -174,7 +200,7 @@ def distill(
     return found
 
 
-def _request(model: str | Path, data: Any, out: str | Path | None, asked: dict[str, Any]) -> Request:
+def _request(model: Any, data: Any, out: str | Path | None, asked: dict[str, Any]) -> Request:
     if "target" in asked:
         asked["profile"] = asked.pop("target")
     unknown = sorted(asked.keys() - {f.name for f in dataclasses.fields(Request)})
@@ -187,20 +213,53 @@ def _request(model: str | Path, data: Any, out: str | Path | None, asked: dict[s
     for name in ("techniques", "keep_float"):
         if asked.get(name) is not None:
             asked[name] = (asked[name],) if isinstance(asked[name], str) else tuple(asked[name])
-    return Request(
-        Path(model), data, None if out is None else Path(out), **{k: v for k, v in asked.items() if v is not None}
-    )
+    path = Path(model) if isinstance(model, str | Path) else Path(type(model).__name__)
+    return Request(path, data, None if out is None else Path(out), **{k: v for k, v in asked.items() if v is not None})
 
 
 @contextlib.contextmanager
-def _opened(request: Request, resume: bool, progress: Progress | None) -> Iterator[Problem]:
+def _converted(
+    model: Any, request: Request, out: Path, door: dict[str, Any], resume: bool, progress: Progress | None
+) -> Iterator[tuple[Request, tuple[Note, ...]]]:
+    """The request with an ONNX file as its model, and what conversion has to tell; gone again if the run is refused."""
+    from featherweight import convert
+
+    found = convert.into_run(model, out, data=request.data, resume=resume, progress=progress, **door)
+    if found is None:
+        yield request, ()
+        return
+    tokenizer = request.tokenizer or found.tokenizer
+    try:
+        yield (
+            dataclasses.replace(request, model=found.path, tokenizer=tokenizer),
+            (Note(found.source, found.line), *found.notes),
+        )
+    except FeatherweightError:
+        if not (out / "journal.sqlite").exists():
+            convert.forget(out)
+        raise
+
+
+@contextlib.contextmanager
+def _opened(
+    model: Any, data: Any, given: str | Path | None, asked: dict[str, Any], resume: bool, progress: Progress | None
+) -> Iterator[Problem]:
     """The problem, opened in its run folder; the child process and the journal are closed at the end."""
+    door: dict[str, Any] = {name: asked.pop(name) for name in ("example_inputs", "dynamic", "trust") if name in asked}
+    request = _request(model, data, given, asked)
     out = request.out or Path(tempfile.mkdtemp(prefix="featherweight-"))
     if out.exists() and not out.is_dir():
         raise OutputError(f"the run folder {out} is a file; name a folder")
     let_in = (request.target_token, request.target_token_file, request.target_ca)
-    with Worker() as worker, _bench(request.profile, let_in, worker, progress) as bench:
-        problem = open_problem(request, out, worker, progress or Silent(), resume=resume, bench=bench)
+    with (
+        Worker() as worker,
+        _bench(request.profile, let_in, worker, progress) as bench,
+        _converted(model, request, out, door, resume, progress) as (ready, told),
+    ):
+        ready, limited = _within_storage(ready, bench)
+        problem = open_problem(ready, out, worker, progress or Silent(), resume=resume, bench=bench)
+        for note in (*told, *limited):
+            problem.note(note.where, note.text)
         try:
             yield problem
         except RemoteError as e:
@@ -213,6 +272,33 @@ def _opened(request: Request, resume: bool, progress: Progress | None) -> Iterat
             raise
         finally:
             problem.journal.close()
+
+
+def _within_storage(request: Request, bench: Any) -> tuple[Request, tuple[Note, ...]]:
+    """Where the model does not fit the device's storage and no size was asked for, the storage is the limit."""
+    from featherweight.graph import io
+
+    room = bench.profile.storage_bytes if bench is not None and bench.profile is not None else None
+    if room is None or request.max_size is not None or io.size_bytes(request.model) <= room:
+        return request, ()
+    note = Note(bench.profile.name, f"its storage of {format_bytes(room)} is the limit on the size")
+    return dataclasses.replace(request, max_size=room), (note,)
+
+
+def _with_fit(problem: Problem, report: Report) -> Report:
+    """The report with a note on whether the result fits the target, where that is another device."""
+    profile = problem.bench.profile
+    if profile is None:
+        return report
+    from featherweight.edge import predict
+    from featherweight.graph import io
+
+    path = problem.work.parent / "model.onnx"
+    path = path if path.exists() else problem.runnable
+    fit = predict.fits(io.load(path), profile, shapes=problem.shapes(), file_bytes=io.size_bytes(path))
+    words = f"fits: {format_bytes(fit.memory_bytes)} of {format_bytes(profile.memory_bytes)} memory, planned"
+    note = Note(profile.name, words if fit.ok else "does not fit: " + "; ".join(fit.reasons))
+    return dataclasses.replace(report, notes=(*report.notes, note))
 
 
 def _solve(problem: Problem, *, save_anyway: bool, first_is_enough: bool) -> Report:
@@ -254,5 +340,6 @@ def _write(problem: Problem, report: Report) -> Report:
     from featherweight.report import files
 
     out = problem.work.parent
+    report = _with_fit(problem, report)
     files.write(report, out)
     return report

@@ -102,6 +102,18 @@ def progress() -> Iterator[Progress]:
         yield shown
 
 
+@contextmanager
+def onnx_of(model: Path, *, trust: bool) -> Iterator[tuple[Path, Path | None]]:
+    """The ONNX file of a model argument and the tokenizer that came with it; told on stderr where it was converted."""
+    from featherweight.convert import as_onnx
+
+    with as_onnx(model, trust=trust) as (path, found):
+        if found is not None and not click.get_current_context().meta.get(QUIET):
+            for text in (found.line, *(f"{n.where}: {n.text}" for n in found.notes)):
+                click.echo(text, err=True)
+        yield path, None if found is None else found.tokenizer
+
+
 def report_output(report: Report, *, all_layers: bool = False, code: int | None = None) -> Output:
     """The Output of a command that ends with a Report: 0 if the budget is met, else 3."""
 

@@ -18,6 +18,7 @@ from featherweight.cli._sections import Command, option
 @options.data_option
 @options.metric_option
 @options.data_reading_options
+@options.trust_option
 @option(
     "--target", metavar="http://HOST:PORT", section="Target", help="Device whose agent measures. Default: this machine."
 )

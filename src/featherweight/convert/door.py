@@ -85,7 +85,7 @@ def to_onnx(
 
     with _inference(found.module):
         check, notes = convert(found, Path(out), dynamic)
-    tokenizer = Path(source) / "tokenizer.json" if isinstance(source, str | Path) else None
+    tokenizer = Path(source).resolve() / "tokenizer.json" if isinstance(source, str | Path) else None
     return Converted(
         Path(out), found.label, check.largest, check.sizes, notes,
         tokenizer if tokenizer is not None and tokenizer.is_file() else None,

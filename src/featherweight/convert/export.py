@@ -21,8 +21,8 @@ import onnx_ir as ir
 import torch
 from torch.utils import _pytree as pytree
 
+from featherweight.convert import attention, causes, tidy, verify
 from featherweight.convert import axes as fw_axes
-from featherweight.convert import causes, tidy, verify
 from featherweight.core import Note
 from featherweight.errors import DataError, ModelError, RunError
 from featherweight.graph import io
@@ -133,7 +133,9 @@ class _Traced:
             with quiet(), torch.no_grad():
                 program = self.source.program or self._program(axes)
                 _check_state(program, label)
-                made = torch.onnx.export(program, dynamo=True, verbose=False, optimize=False)
+                made = torch.onnx.export(
+                    program, dynamo=True, verbose=False, optimize=False, custom_translation_table=attention.plain()
+                )
         except ModelError:
             raise
         except Exception as e:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from featherweight.graph import expressions, fold, repair, surgery
@@ -27,6 +28,7 @@ def tidy(model: ir.Model, *, parameters: Mapping[str, str], prefix: str, outputs
     _name_nodes(model, prefix)
     _fold_small(model, weights)
     fold.lift_constants(model)
+    _fix_reshapes(model)
     fold.fold_into_weights(model)
     _join_recurrent(model, weights)
     surgery.remove_unused(model)
@@ -66,6 +68,30 @@ def _fold_small(model: ir.Model, weights: set[str]) -> None:
     common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     common.RemoveUnusedOpsetsPass()(model)
     common.CommonSubexpressionEliminationPass()(model)
+
+
+def _fix_reshapes(model: ir.Model) -> None:
+    """Targets that are joined from sizes read at run time become constants: a 0 copies an open axis, one -1 is free.
+
+    Exact, as the exporter records which open axis is which; what follows channels through the graph needs no more.
+    """
+    namer = surgery.Namer(model)
+    for node in list(surgery.walk(model.graph)):
+        if node.op_type != "Reshape" or surgery.constant(node.inputs[1]) is not None or node.graph is not model.graph:
+            continue
+        before, after = node.inputs[0], node.outputs[0]
+        if before is None or before.shape is None or after.shape is None:
+            continue
+        source, wanted = list(map(_dimension, before.shape)), list(map(_dimension, after.shape))
+        target = [
+            d if isinstance(d, int) else 0 if d is not None and i < len(source) and source[i] == d else -1
+            for i, d in enumerate(wanted)
+        ]
+        if target.count(-1) > 1 or 0 in wanted:
+            continue
+        shape = surgery.add_initializer(model.graph, namer(f"{node.name}/shape"), np.array(target, np.int64))
+        surgery.replace_input(node, 1, shape)
+        node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
 
 
 def _join_recurrent(model: ir.Model, weights: set[str]) -> None:
