@@ -95,7 +95,8 @@ class Book(nn.Module):
     def forward(self, latent: Tensor, book: Tensor) -> Tensor:
         """The latent weight moved to the nearest entries."""
         entries = self._book(book, latent)
-        value: Tensor = _Nearest.apply(latent, entries, nearest(latent.reshape(self.groups, -1), entries))
+        index = nearest(latent.reshape(self.groups, -1), entries)
+        value: Tensor = _Nearest.apply(latent, entries, index)  # type: ignore[no-untyped-call]
         return value
 
     def codes(self, latent: Tensor, book: Tensor) -> Tensor:

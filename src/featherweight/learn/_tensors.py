@@ -34,10 +34,10 @@ RANGES: dict[ir.DataType, tuple[int, int]] = {
     _T.UINT16: (0, 65535), _T.INT16: (-32768, 32767), _T.INT32: (-(2**31), 2**31 - 1),
 }  # fmt: skip
 """Least and greatest code of each type that QuantizeLinear and DequantizeLinear know."""
-for _name, _range in {"UINT2": (0, 3), "INT2": (-2, 1)}.items():
-    if hasattr(_T, _name):  # newer releases of the format
-        HELD[_T[_name]] = torch.uint8 if _range[0] == 0 else torch.int8
-        RANGES[_T[_name]] = _range
+for _kind in _T:
+    if _kind.name in ("UINT2", "INT2"):  # newer releases of the format
+        HELD[_kind] = torch.uint8 if _kind.name == "UINT2" else torch.int8
+        RANGES[_kind] = (0, 3) if _kind.name == "UINT2" else (-2, 1)
 
 
 def held(dtype: ir.DataType) -> torch.dtype:

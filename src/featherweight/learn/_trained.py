@@ -71,7 +71,7 @@ class Trained:
 
 def _part(value: ir.Value, tensors: Mapping[str, Tensor]) -> Tensor:
     """The trained scale or codebook, or the stored one."""
-    if value.name in tensors:
+    if value.name is not None and value.name in tensors:
         return tensors[value.name]
     tensor = stored_tensor(value)
     if tensor is None:

@@ -67,7 +67,7 @@ class Executor(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Executor:
         """Constants move with the parameters; integers among them stay (shapes are computed on the CPU)."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         constants = self._program.constants
         for number, tensor in constants.items():
             constants[number] = fn(tensor) if tensor.is_floating_point() else tensor

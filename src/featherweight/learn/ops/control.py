@@ -44,12 +44,12 @@ def loop(call: Call) -> Kernel:
 @operator("Scan", since=9)
 def scan(call: Call) -> Kernel:
     """A body over slices of its inputs, forwards or backwards, along any axis."""
-    body, n = call.bodies["body"], call.int("num_scan_inputs", 1)
+    body, n = call.bodies["body"], call.integer("num_scan_inputs", 1)
     carried = len(call.node.inputs) - n
     stacked = len(body.outputs) - carried
-    in_axes, out_axes = call.ints("scan_input_axes") or [0] * n, call.ints("scan_output_axes") or [0] * stacked
-    in_back = call.ints("scan_input_directions") or [0] * n
-    out_back = call.ints("scan_output_directions") or [0] * stacked
+    in_axes, out_axes = call.integers("scan_input_axes") or [0] * n, call.integers("scan_output_axes") or [0] * stacked
+    in_back = call.integers("scan_input_directions") or [0] * n
+    out_back = call.integers("scan_output_directions") or [0] * stacked
 
     def run(*given: Tensor) -> tuple[Tensor, ...]:
         state, inputs, outside = list(given[:carried]), given[carried : carried + n], given[carried + n :]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import reduce
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from featherweight.learn.ops.registry import Call, Kernel, operator
+from featherweight.learn.ops.registry import Call, Gradient, Kernel, operator
 
 _UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "Abs": torch.abs, "Acos": torch.acos, "Acosh": torch.acosh, "Asin": torch.asin, "Asinh": torch.asinh,
@@ -38,16 +38,15 @@ def _plain(function: Callable[..., Tensor]) -> Callable[[Call], Kernel]:
     return lambda _call: function
 
 
-for _name, _function in _UNARY.items():
-    operator(_name)(_plain(_function))
-for _name, _function in _STEPS.items():
-    operator(_name, gradient="none")(_plain(_function))
-for _name, _function in _COMPARE.items():
-    operator(_name, gradient="none", since=7 if _name in ("And", "Or", "Xor", "Equal", "Greater", "Less") else 1)(
-        _plain(_function)
-    )
-for _name, _function in _BINARY.items():
-    operator(_name, since=7)(_plain(_function))
+def _register(table: Mapping[str, Callable[..., Tensor]], gradient: Gradient, since: int = 1) -> None:
+    for name, function in table.items():
+        operator(name, gradient=gradient, since=since)(_plain(function))
+
+
+_register(_UNARY, "exact")
+_register(_STEPS, "none")
+_register(_COMPARE, "none")
+_register(_BINARY, "exact", 7)
 
 
 def _old_broadcast(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Call], Kernel]:
@@ -55,7 +54,7 @@ def _old_broadcast(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Ca
 
     def build(call: Call) -> Kernel:
         axis = call.attr("axis")
-        if not call.int("broadcast", 0) or axis is None:
+        if not call.integer("broadcast", 0) or axis is None:
             return function
 
         def run(a: Tensor, b: Tensor) -> Tensor:
@@ -73,9 +72,9 @@ def _divide(a: Tensor, b: Tensor) -> Tensor:
     return torch.div(a, b, rounding_mode="trunc")
 
 
-for _name, _function in {**_BINARY, "Div": _divide}.items():
-    operator(_name)(_old_broadcast(_function))
-operator("Div", since=7)(_plain(_divide))
+_register({"Div": _divide}, "exact", 7)
+for _name, _both in {**_BINARY, "Div": _divide}.items():
+    operator(_name)(_old_broadcast(_both))
 
 
 @operator("Pow")
@@ -95,7 +94,7 @@ def power(call: Call) -> Kernel:
 @operator("Mod", gradient="none")
 def modulo(call: Call) -> Kernel:
     """Remainder with the sign of the divisor, or of the dividend with `fmod`."""
-    return torch.fmod if call.int("fmod", 0) else torch.remainder
+    return torch.fmod if call.integer("fmod", 0) else torch.remainder
 
 
 @operator("BitShift", gradient="none")
@@ -134,7 +133,7 @@ def where(_call: Call) -> Kernel:
 @operator("Clip")
 def clip_attributes(call: Call) -> Kernel:
     """Limits as attributes, before opset 11."""
-    low, high = call.float("min", -math.inf), call.float("max", math.inf)
+    low, high = call.real("min", -math.inf), call.real("max", math.inf)
     return lambda x: torch.clamp(x, low, high)
 
 
@@ -162,7 +161,7 @@ def clip(call: Call) -> Kernel:
 @operator("LeakyRelu")
 def leaky_relu(call: Call) -> Kernel:
     """max(x, 0) + alpha min(x, 0)."""
-    alpha = call.float("alpha", 0.01)
+    alpha = call.real("alpha", 0.01)
     return lambda x: functional.leaky_relu(x, alpha)
 
 
@@ -175,42 +174,42 @@ def prelu(_call: Call) -> Kernel:
 @operator("Elu")
 def elu(call: Call) -> Kernel:
     """Alpha (exp(x) - 1) below 0."""
-    alpha = call.float("alpha", 1.0)
+    alpha = call.real("alpha", 1.0)
     return lambda x: functional.elu(x, alpha)
 
 
 @operator("Celu")
 def celu(call: Call) -> Kernel:
     """Alpha (exp(x / alpha) - 1) below 0."""
-    alpha = call.float("alpha", 1.0)
+    alpha = call.real("alpha", 1.0)
     return lambda x: functional.celu(x, alpha)
 
 
 @operator("Selu")
 def selu(call: Call) -> Kernel:
     """Gamma (alpha (exp(x) - 1)) below 0, gamma x above."""
-    alpha, gamma = call.float("alpha", 1.67326319217681884765625), call.float("gamma", 1.05070102214813232421875)
+    alpha, gamma = call.real("alpha", 1.67326319217681884765625), call.real("gamma", 1.05070102214813232421875)
     return lambda x: gamma * torch.where(x > 0, x, alpha * torch.expm1(torch.clamp(x, max=0)))
 
 
 @operator("ThresholdedRelu")
 def thresholded_relu(call: Call) -> Kernel:
     """X above alpha, 0 elsewhere."""
-    alpha = call.float("alpha", 1.0)
+    alpha = call.real("alpha", 1.0)
     return lambda x: torch.where(x > alpha, x, torch.zeros_like(x))
 
 
 @operator("HardSigmoid")
 def hard_sigmoid(call: Call) -> Kernel:
     """Alpha x + beta, cut to 0..1."""
-    alpha, beta = call.float("alpha", 0.2), call.float("beta", 0.5)
+    alpha, beta = call.real("alpha", 0.2), call.real("beta", 0.5)
     return lambda x: torch.clamp(x * alpha + beta, 0.0, 1.0)
 
 
 @operator("Shrink")
 def shrink(call: Call) -> Kernel:
     """X + bias below -lambd, x - bias above lambd, 0 between."""
-    lambd, bias = call.float("lambd", 0.5), call.float("bias", 0.0)
+    lambd, bias = call.real("lambd", 0.5), call.real("bias", 0.0)
 
     def run(x: Tensor) -> Tensor:
         zero = torch.zeros_like(x)
@@ -222,7 +221,7 @@ def shrink(call: Call) -> Kernel:
 @operator("Swish")
 def swish(call: Call) -> Kernel:
     """X sigmoid(alpha x)."""
-    alpha = call.float("alpha", 1.0)
+    alpha = call.real("alpha", 1.0)
     return functional.silu if alpha == 1.0 else lambda x: x * torch.sigmoid(alpha * x)
 
 
@@ -253,7 +252,7 @@ def bias_gelu(_call: Call) -> Kernel:
 @operator("QuickGelu", domain="com.microsoft")
 def quick_gelu(call: Call) -> Kernel:
     """X sigmoid(alpha x)."""
-    alpha = call.float("alpha", 1.702)
+    alpha = call.real("alpha", 1.702)
     return lambda x: x * torch.sigmoid(alpha * x)
 
 
@@ -274,7 +273,7 @@ def dropout(call: Call) -> Kernel:
 @operator("IsInf", gradient="none")
 def is_inf(call: Call) -> Kernel:
     """Truth of being infinite, of the signs asked for."""
-    negative, positive = call.int("detect_negative", 1), call.int("detect_positive", 1)
+    negative, positive = call.integer("detect_negative", 1), call.integer("detect_positive", 1)
 
     def run(x: Tensor) -> Tensor:
         found = torch.isinf(x)

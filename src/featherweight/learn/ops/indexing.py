@@ -20,7 +20,7 @@ def _wrapped(index: Tensor, size: int) -> Tensor:
 @operator("Gather")
 def gather(call: Call) -> Kernel:
     """Slices along an axis; a table read by rows is an embedding."""
-    axis = call.int("axis", 0)
+    axis = call.integer("axis", 0)
     fixed = call.constant(1)
     single = int(fixed.item()) if fixed is not None and fixed.ndim == 0 else None
 
@@ -40,14 +40,14 @@ def gather(call: Call) -> Kernel:
 @operator("GatherElements")
 def gather_elements(call: Call) -> Kernel:
     """One element for each index, along an axis."""
-    axis = call.int("axis", 0)
+    axis = call.integer("axis", 0)
     return lambda x, index: torch.gather(x, axis, _wrapped(index.to(x.device), x.shape[axis]))
 
 
 @operator("GatherND")
 def gather_nd(call: Call) -> Kernel:
     """Slices named by tuples of indices, in batches of `batch_dims` leading axes."""
-    batch = call.int("batch_dims", 0)
+    batch = call.integer("batch_dims", 0)
 
     def run(x: Tensor, index: Tensor) -> Tensor:
         depth = index.shape[-1]
@@ -68,7 +68,7 @@ _REDUCTIONS = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
 @operator("ScatterElements", "Scatter")
 def scatter_elements(call: Call) -> Kernel:
     """A copy with single elements replaced or combined along an axis."""
-    axis, reduction = call.int("axis", 0), call.text("reduction", "none")
+    axis, reduction = call.integer("axis", 0), call.text("reduction", "none")
 
     def run(x: Tensor, index: Tensor, updates: Tensor) -> Tensor:
         index = _wrapped(index.to(x.device), x.shape[axis])
@@ -97,7 +97,7 @@ def scatter_nd(call: Call) -> Kernel:
 @operator("OneHot", gradient="none")
 def one_hot(call: Call) -> Kernel:
     """off/on values at the index along a new axis."""
-    axis = call.int("axis", -1)
+    axis = call.integer("axis", -1)
 
     def run(index: Tensor, depth: Tensor, values: Tensor) -> Tensor:
         n = int(depth.reshape(()).item())
@@ -128,7 +128,7 @@ def compress(call: Call) -> Kernel:
 @operator("ReverseSequence")
 def reverse_sequence(call: Call) -> Kernel:
     """The first entries along time of each sample in reverse."""
-    batch, time = call.int("batch_axis", 1), call.int("time_axis", 0)
+    batch, time = call.integer("batch_axis", 1), call.integer("time_axis", 0)
 
     def run(x: Tensor, lengths: Tensor) -> Tensor:
         steps = torch.arange(x.shape[time], device=x.device)
@@ -181,7 +181,7 @@ def eye_like(call: Call) -> Kernel:
     """Ones on diagonal k of a matrix of the same shape."""
     import onnx_ir as ir
 
-    k, dtype = call.int("k", 0), call.attr("dtype")
+    k, dtype = call.integer("k", 0), call.attr("dtype")
 
     def run(x: Tensor) -> Tensor:
         kind = x.dtype if dtype is None else _tensors.held(ir.DataType(int(dtype)))
@@ -194,7 +194,7 @@ def eye_like(call: Call) -> Kernel:
 @operator("Unique", gradient="none")
 def unique(call: Call) -> Kernel:
     """Different values (or slices), with indices and counts."""
-    axis, ordered, outputs = call.attr("axis"), call.int("sorted", 1), call.n_outputs
+    axis, ordered, outputs = call.attr("axis"), call.integer("sorted", 1), call.n_outputs
     if not ordered:
         raise ModelError(f"{call.where}: the order of first appearance is not known here")
 

@@ -28,8 +28,8 @@ def matmul(_call: Call) -> Kernel:
 @operator("Gemm")
 def gemm(call: Call) -> Kernel:
     """Alpha A' B' + beta C, each transposed where the node says so."""
-    alpha, beta = call.float("alpha", 1.0), call.float("beta", 1.0)
-    trans_a, trans_b = call.int("transA", 0), call.int("transB", 0)
+    alpha, beta = call.real("alpha", 1.0), call.real("beta", 1.0)
+    trans_a, trans_b = call.integer("transA", 0), call.integer("transB", 0)
 
     def run(a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
         left, right = a.t() if trans_a else a, b.t() if trans_b else b
@@ -47,9 +47,9 @@ def gemm(call: Call) -> Kernel:
 @operator("FusedMatMul", domain="com.microsoft")
 def fused_matmul(call: Call) -> Kernel:
     """Alpha A' B' with the last two axes swapped where the node says so."""
-    if call.int("transBatchA", 0) or call.int("transBatchB", 0):
+    if call.integer("transBatchA", 0) or call.integer("transBatchB", 0):
         raise ModelError(f"{call.where}: transposed batch axes are not known here")
-    alpha, trans_a, trans_b = call.float("alpha", 1.0), call.int("transA", 0), call.int("transB", 0)
+    alpha, trans_a, trans_b = call.real("alpha", 1.0), call.integer("transA", 0), call.integer("transB", 0)
 
     def run(a: Tensor, b: Tensor) -> Tensor:
         product = torch.matmul(a.mT if trans_a and a.ndim > 1 else a, b.mT if trans_b and b.ndim > 1 else b)
@@ -98,7 +98,7 @@ def spatial_rank(call: Call, index: int = 1) -> int:
     if found is not None:
         return found.ndim - 2
     for name, per_axis in (("kernel_shape", 1), ("strides", 1), ("dilations", 1), ("pads", 2)):
-        given = call.ints(name)
+        given = call.integers(name)
         if given is not None:
             return len(given) // per_axis
     return -1
@@ -107,8 +107,8 @@ def spatial_rank(call: Call, index: int = 1) -> int:
 @operator("Conv")
 def conv(call: Call) -> Kernel:
     """Convolution over 1 to 3 spatial axes, grouped, dilated, padded evenly or not."""
-    group, auto = call.int("group", 1), call.text("auto_pad", "NOTSET")
-    given = (call.ints("strides"), call.ints("dilations"), call.ints("pads"))
+    group, auto = call.integer("group", 1), call.text("auto_pad", "NOTSET")
+    given = (call.integers("strides"), call.integers("dilations"), call.integers("pads"))
     ready: dict[int, tuple[list[int], list[int], list[tuple[int, int]]]] = {}
 
     def settings(rank: int) -> tuple[list[int], list[int], list[tuple[int, int]]]:
@@ -134,8 +134,8 @@ def conv(call: Call) -> Kernel:
 @operator("ConvTranspose")
 def conv_transpose(call: Call) -> Kernel:
     """Transposed convolution; pads cut the full result, output_padding and output_shape widen it."""
-    group, auto = call.int("group", 1), call.text("auto_pad", "NOTSET")
-    given = [call.ints(n) for n in ("strides", "dilations", "pads", "output_padding", "output_shape")]
+    group, auto = call.integer("group", 1), call.text("auto_pad", "NOTSET")
+    given = [call.integers(n) for n in ("strides", "dilations", "pads", "output_padding", "output_shape")]
 
     def run(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         rank = w.ndim - 2

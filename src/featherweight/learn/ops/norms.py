@@ -15,10 +15,10 @@ from featherweight.learn.ops.registry import Call, Kernel, operator
 @operator("BatchNormalization")
 def batch_norm(call: Call) -> Kernel:
     """(x - mean) / sqrt(var + epsilon) * scale + bias with the stored statistics."""
-    epsilon = call.float("epsilon", 1e-5)
-    if call.int("training_mode", 0):
+    epsilon = call.real("epsilon", 1e-5)
+    if call.integer("training_mode", 0):
         raise ModelError(f"{call.where}: training_mode is not executed; export the model for inference")
-    spatial = call.int("spatial", 1)
+    spatial = call.integer("spatial", 1)
     if not spatial:
         raise ModelError(f"{call.where}: statistics for each position (spatial=0) are not known here")
 
@@ -37,7 +37,7 @@ def batch_norm(call: Call) -> Kernel:
 @operator("InstanceNormalization")
 def instance_norm(call: Call) -> Kernel:
     """Each channel of each sample over its spatial axes."""
-    epsilon = call.float("epsilon", 1e-5)
+    epsilon = call.real("epsilon", 1e-5)
 
     def run(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         shape = (1, -1, *(1,) * (x.ndim - 2))
@@ -52,7 +52,7 @@ def instance_norm(call: Call) -> Kernel:
 @operator("GroupNormalization", since=18)
 def group_norm_grouped(call: Call) -> Kernel:
     """Groups of channels; scale and bias one a group (opset 18)."""
-    groups, epsilon = call.int("num_groups", 1), call.float("epsilon", 1e-5)
+    groups, epsilon = call.integer("num_groups", 1), call.real("epsilon", 1e-5)
 
     def run(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         repeat = x.shape[1] // groups
@@ -66,14 +66,14 @@ def group_norm_grouped(call: Call) -> Kernel:
 @operator("GroupNormalization", since=21)
 def group_norm(call: Call) -> Kernel:
     """Groups of channels; scale and bias one a channel."""
-    groups, epsilon = call.int("num_groups", 1), call.float("epsilon", 1e-5)
+    groups, epsilon = call.integer("num_groups", 1), call.real("epsilon", 1e-5)
     return lambda x, scale, bias: functional.group_norm(x, groups, scale, bias, epsilon)
 
 
 @operator("LayerNormalization")
 def layer_norm(call: Call) -> Kernel:
     """Over all axes from `axis` on; mean and 1 / deviation where they are asked for."""
-    axis, epsilon, outputs = call.int("axis", -1), call.float("epsilon", 1e-5), call.n_outputs
+    axis, epsilon, outputs = call.integer("axis", -1), call.real("epsilon", 1e-5), call.n_outputs
 
     def run(x: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
         first = axis % x.ndim
@@ -97,7 +97,7 @@ def layer_norm(call: Call) -> Kernel:
 @operator("SimplifiedLayerNormalization")
 def rms_norm(call: Call) -> Kernel:
     """X / sqrt(mean(x^2) + epsilon) * scale over all axes from `axis` on."""
-    axis, epsilon = call.int("axis", -1), call.float("epsilon", 1e-5)
+    axis, epsilon = call.integer("axis", -1), call.real("epsilon", 1e-5)
 
     def run(x: Tensor, scale: Tensor) -> Tensor:
         axes = tuple(range(axis % x.ndim, x.ndim))
@@ -109,7 +109,7 @@ def rms_norm(call: Call) -> Kernel:
 @operator("SkipLayerNormalization", domain="com.microsoft")
 def skip_layer_norm(call: Call) -> Kernel:
     """LayerNormalization of x + skip + bias over the last axis."""
-    epsilon = call.float("epsilon", 1e-12)
+    epsilon = call.real("epsilon", 1e-12)
     if call.n_outputs > 1:
         raise ModelError(f"{call.where}: only its first output is known here")
 
@@ -123,7 +123,7 @@ def skip_layer_norm(call: Call) -> Kernel:
 @operator("LpNormalization")
 def lp_normalization(call: Call) -> Kernel:
     """X over its 1- or 2-norm along one axis; 0 where that is 0."""
-    axis, p = call.int("axis", -1), call.int("p", 2)
+    axis, p = call.integer("axis", -1), call.integer("p", 2)
 
     def run(x: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(x, p, axis, keepdim=True)
@@ -135,7 +135,7 @@ def lp_normalization(call: Call) -> Kernel:
 @operator("MeanVarianceNormalization")
 def mean_variance_norm(call: Call) -> Kernel:
     """(x - mean) / deviation over `axes`."""
-    axes = tuple(call.ints("axes") or (0, 2, 3))
+    axes = tuple(call.integers("axes") or (0, 2, 3))
 
     def run(x: Tensor) -> Tensor:
         centred = x - x.mean(axes, keepdim=True)
@@ -147,8 +147,8 @@ def mean_variance_norm(call: Call) -> Kernel:
 @operator("LRN")
 def local_response(call: Call) -> Kernel:
     """X / (bias + alpha / size * sum of squares over near channels) ^ beta."""
-    size, alpha = call.int("size", 1), call.float("alpha", 1e-4)
-    beta, bias = call.float("beta", 0.75), call.float("bias", 1.0)
+    size, alpha = call.integer("size", 1), call.real("alpha", 1e-4)
+    beta, bias = call.real("beta", 0.75), call.real("bias", 1.0)
     low, high = (size - 1) // 2, math.ceil((size - 1) / 2)
 
     def run(x: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ def local_response(call: Call) -> Kernel:
 
 
 def _flattened(call: Call, log: bool) -> Kernel:
-    axis = call.int("axis", 1)
+    axis = call.integer("axis", 1)
 
     def run(x: Tensor) -> Tensor:
         first = axis if axis < 0 else min(axis, x.ndim)
@@ -179,7 +179,7 @@ def softmax_flat(call: Call) -> Kernel:
 @operator("Softmax", since=13)
 def softmax(call: Call) -> Kernel:
     """Over one axis."""
-    axis = call.int("axis", -1)
+    axis = call.integer("axis", -1)
     return lambda x: torch.softmax(x, axis)
 
 
@@ -192,7 +192,7 @@ def log_softmax_flat(call: Call) -> Kernel:
 @operator("LogSoftmax", since=13)
 def log_softmax(call: Call) -> Kernel:
     """Over one axis."""
-    axis = call.int("axis", -1)
+    axis = call.integer("axis", -1)
     return lambda x: torch.log_softmax(x, axis)
 
 
@@ -203,12 +203,12 @@ def _hardmax(x: Tensor, axis: int) -> Tensor:
 @operator("Hardmax", gradient="none")
 def hardmax_flat(call: Call) -> Kernel:
     """Before opset 13: 1 at the first greatest over all axes from `axis` on."""
-    axis = call.int("axis", 1)
+    axis = call.integer("axis", 1)
     return lambda x: _hardmax(x.reshape(*x.shape[: axis % x.ndim], -1), -1).reshape(x.shape)
 
 
 @operator("Hardmax", since=13, gradient="none")
 def hardmax(call: Call) -> Kernel:
     """1 at the first greatest of one axis, 0 elsewhere."""
-    axis = call.int("axis", -1)
+    axis = call.integer("axis", -1)
     return lambda x: _hardmax(x, axis)

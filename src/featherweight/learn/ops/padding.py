@@ -57,8 +57,8 @@ def _pairs(call: Call, x: Tensor, pads: Sequence[int], axes: Sequence[int] | Non
 @operator("Pad")
 def pad_attributes(call: Call) -> Kernel:
     """Pads as an attribute, before opset 11."""
-    pads, mode = call.ints("pads") or call.ints("paddings") or [], call.text("mode", "constant")
-    value = call.float("value", 0.0)
+    pads, mode = call.integers("pads") or call.integers("paddings") or [], call.text("mode", "constant")
+    value = call.real("value", 0.0)
     return lambda x: pad(x, _pairs(call, x, pads, None), mode, value)
 
 

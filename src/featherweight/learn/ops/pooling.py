@@ -25,15 +25,15 @@ class _Window:
     """Kernel, strides, dilations and the pads a given input size needs."""
 
     def __init__(self, call: Call) -> None:
-        kernel = call.ints("kernel_shape")
+        kernel = call.integers("kernel_shape")
         if kernel is None or not 1 <= len(kernel) <= 3:
             raise ModelError(f"{call.where}: windows over 1 to 3 axes are known here, but kernel_shape is {kernel}")
         self.rank, self.kernel = len(kernel), kernel
-        self.strides = call.ints("strides") or [1] * self.rank
-        self.dilations = call.ints("dilations") or [1] * self.rank
+        self.strides = call.integers("strides") or [1] * self.rank
+        self.dilations = call.integers("dilations") or [1] * self.rank
         self.auto = call.text("auto_pad", "NOTSET")
-        self.ceil = bool(call.int("ceil_mode", 0))
-        self._pads = pairs(call.ints("pads") if self.auto == "NOTSET" else None, self.rank)
+        self.ceil = bool(call.integer("ceil_mode", 0))
+        self._pads = pairs(call.integers("pads") if self.auto == "NOTSET" else None, self.rank)
 
     def pads(self, sizes: Sequence[int]) -> tuple[Pads, Pads]:
         """Pads as the node says, and those with which plain windows give the same outputs (ceil_mode made explicit)."""
@@ -57,7 +57,7 @@ class _Window:
 @operator("MaxPool")
 def max_pool(call: Call) -> Kernel:
     """Greatest of each window; the second output holds flat indices."""
-    window, column_major = _Window(call), call.int("storage_order", 0)
+    window, column_major = _Window(call), call.integer("storage_order", 0)
     indices = call.n_outputs > 1
     if indices and column_major:
         raise ModelError(f"{call.where}: column-major indices are not known here")
@@ -92,7 +92,7 @@ def _in_input(places: Tensor, x: Tensor, padded: Tensor, pads: Pads) -> Tensor:
 @operator("AveragePool")
 def average_pool(call: Call) -> Kernel:
     """Mean of each window; pads count where `count_include_pad` says so, what ceil_mode adds never does."""
-    window, include = _Window(call), bool(call.int("count_include_pad", 0))
+    window, include = _Window(call), bool(call.integer("count_include_pad", 0))
     pool = _AVERAGE[window.rank]
     plain_dilation = all(d == 1 for d in window.dilations)
 
@@ -143,7 +143,7 @@ def global_max_pool(_call: Call) -> Kernel:
 @operator("LpPool")
 def lp_pool(call: Call) -> Kernel:
     """p-norm of each window."""
-    window, p = _Window(call), call.int("p", 2)
+    window, p = _Window(call), call.integer("p", 2)
 
     def run(x: Tensor) -> Tensor:
         _, pads = window.pads(x.shape[2:])
@@ -155,7 +155,7 @@ def lp_pool(call: Call) -> Kernel:
 @operator("GlobalLpPool")
 def global_lp_pool(call: Call) -> Kernel:
     """p-norm over all spatial axes, kept as 1."""
-    p = call.int("p", 2)
+    p = call.integer("p", 2)
 
     def run(x: Tensor) -> Tensor:
         total = x.abs().pow(p).flatten(2).sum(2).pow(1.0 / p)

@@ -23,7 +23,7 @@ class RoundClip(torch.autograd.Function):
     """round(x) cut to low..high; the gradient passes where nothing was cut."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, low: Any, high: Any) -> Tensor:
         """Half rounds to even, as in the runtime."""
         rounded = torch.round(x)
         codes = rounded.clamp(low, high)
@@ -68,9 +68,15 @@ class FakeQuantize(torch.autograd.Function):
         return to_x, to_scale, None, None, None
 
 
+def round_clip(x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+    """Rounded and cut to low..high; see `RoundClip`."""
+    codes: Tensor = RoundClip.apply(x, low, high)  # type: ignore[no-untyped-call]
+    return codes
+
+
 def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor | float, low: float, high: float) -> Tensor:
     """X rounded to the grid of scale and zero; see `FakeQuantize`. Works for float16 in float32."""
-    result: Tensor = FakeQuantize.apply(x, scale, zero, low, high)
+    result: Tensor = FakeQuantize.apply(x, scale, zero, low, high)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -90,7 +96,7 @@ def along(parameter: Tensor, x: Tensor, axis: int, block: int) -> Tensor:
 
 def code_range(call: Call) -> tuple[int, int] | None:
     """Range of the codes that a QuantizeLinear makes; None for float8."""
-    named = call.int("output_dtype", 0)
+    named = call.integer("output_dtype", 0)
     zero = call.node.inputs[2] if call.has(2) else None
     kind = ir.DataType(named) if named else (zero.dtype if zero is not None else ir.DataType.UINT8)
     if kind is None:
@@ -103,7 +109,7 @@ def code_range(call: Call) -> tuple[int, int] | None:
 @operator("QuantizeLinear", gradient="straight-through")
 def quantize_linear(call: Call) -> Kernel:
     """clip(round(x / scale) + zero) as floats of integer value."""
-    axis, block, limits = call.int("axis", 1), call.int("block_size", 0), code_range(call)
+    axis, block, limits = call.integer("axis", 1), call.integer("block_size", 0), code_range(call)
     if limits is None:
         raise ModelError(f"{call.where}: codes of this type are not known here")
     low, high = limits
@@ -111,10 +117,10 @@ def quantize_linear(call: Call) -> Kernel:
     def run(x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
         step = along(scale, x, axis % max(x.ndim, 1), block)
         if zero is None:
-            return RoundClip.apply(x / step, low, high)  # type: ignore[no-any-return]
+            return round_clip(x / step, low, high)
         offset = along(zero.to(step.dtype), x, axis % max(x.ndim, 1), block)
         # Rounded before the zero point is added, as in the runtime: half-way cases differ for an odd zero point.
-        return RoundClip.apply(x / step, low - offset, high - offset) + offset  # type: ignore[no-any-return]
+        return round_clip(x / step, low - offset, high - offset) + offset
 
     return run
 
@@ -123,7 +129,7 @@ def quantize_linear(call: Call) -> Kernel:
 @operator("DequantizeLinear", domain="com.microsoft", gradient="straight-through")
 def dequantize_linear(call: Call) -> Kernel:
     """(code - zero) * scale."""
-    axis, block = call.int("axis", 1), call.int("block_size", 0)
+    axis, block = call.integer("axis", 1), call.integer("block_size", 0)
 
     def run(codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
         place = axis % max(codes.ndim, 1)
@@ -137,7 +143,7 @@ def dequantize_linear(call: Call) -> Kernel:
 
 def fused_quantize(quantize: Call) -> Kernel:
     """QuantizeLinear followed by DequantizeLinear with the same scale and zero point, as one kernel."""
-    axis, block, limits = quantize.int("axis", 1), quantize.int("block_size", 0), code_range(quantize)
+    axis, block, limits = quantize.integer("axis", 1), quantize.integer("block_size", 0), code_range(quantize)
     if limits is None:
         raise ModelError(f"{quantize.where}: codes of this type are not known here")
     low, high = limits
@@ -165,8 +171,7 @@ def dynamic_quantize(_call: Call) -> Kernel:
             scale = (high - low) / 255
             scale = torch.where(scale == 0, torch.ones_like(scale), scale)
             zero = torch.round(-low / scale).clamp(0, 255)
-        codes: Tensor = RoundClip.apply(x / scale, -zero, 255 - zero)
-        return codes + zero, scale, zero
+        return round_clip(x / scale, -zero, 255 - zero) + zero, scale, zero
 
     return run
 

@@ -23,8 +23,8 @@ def _kind(call: Call, like: Tensor | None) -> torch.dtype:
 
 
 def _normal(call: Call) -> Kernel:
-    mean, scale, generator = call.float("mean", 0.0), call.float("scale", 1.0), _generator(call)
-    shape = call.ints("shape")
+    mean, scale, generator = call.real("mean", 0.0), call.real("scale", 1.0), _generator(call)
+    shape = call.integers("shape")
 
     def run(like: Tensor | None = None) -> Tensor:
         size = shape if like is None else list(like.shape)
@@ -34,8 +34,8 @@ def _normal(call: Call) -> Kernel:
 
 
 def _uniform(call: Call) -> Kernel:
-    low, high, generator = call.float("low", 0.0), call.float("high", 1.0), _generator(call)
-    shape = call.ints("shape")
+    low, high, generator = call.real("low", 0.0), call.real("high", 1.0), _generator(call)
+    shape = call.integers("shape")
 
     def run(like: Tensor | None = None) -> Tensor:
         size = shape if like is None else list(like.shape)
@@ -58,6 +58,6 @@ def bernoulli(call: Call) -> Kernel:
 @operator("Multinomial", gradient="none")
 def multinomial(call: Call) -> Kernel:
     """Classes drawn by unnormalised log probabilities."""
-    count, generator = call.int("sample_size", 1), _generator(call)
-    kind = _tensors.held(ir.DataType(call.int("dtype", int(ir.DataType.INT32))))
+    count, generator = call.integer("sample_size", 1), _generator(call)
+    kind = _tensors.held(ir.DataType(call.integer("dtype", int(ir.DataType.INT32))))
     return lambda x: torch.multinomial(torch.softmax(x, -1), count, True, generator=generator).to(kind)

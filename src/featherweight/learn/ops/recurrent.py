@@ -52,8 +52,8 @@ class _Cell:
         """Gates in the order i, o, f, c; `x` is already multiplied by w."""
         n = self.r.shape[1]
         gates = x + functional.linear(h, self.r, self.b[4 * n :])
-        i, o, f, g = gates.split(n, -1)
-        p = (None, None, None) if self.peep is None else self.peep.split(n, -1)  # in the order i, o, f
+        i, o, f, g = torch.split(gates, n, -1)
+        p = (None, None, None) if self.peep is None else torch.split(self.peep, n, -1)  # in the order i, o, f
         i = i if p[0] is None else i + p[0] * c
         f = f if p[2] is None else f + p[2] * c
         new = self.functions[0](self._cut(f)) * c + self.functions[0](self._cut(i)) * self.functions[1](self._cut(g))
@@ -63,9 +63,9 @@ class _Cell:
     def gru(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """Gates in the order z, r, h."""
         n = self.r.shape[1]
-        zx, rx, hx = x.split(n, -1)
-        zr, rr, hr = self.r.split(n, 0)
-        zb, rb, hb = self.b[3 * n :].split(n, -1)
+        zx, rx, hx = torch.split(x, n, -1)
+        zr, rr, hr = torch.split(self.r, n, 0)
+        zb, rb, hb = torch.split(self.b[3 * n :], n, -1)
         z = self.functions[0](self._cut(zx + functional.linear(h, zr, zb)))
         r = self.functions[0](self._cut(rx + functional.linear(h, rr, rb)))
         if self.linear_before_reset:
@@ -113,12 +113,12 @@ class _Recurrent:
         self.direction = call.text("direction", "forward")
         self.directions = 2 if self.direction == "bidirectional" else 1
         self.clip = call.attr("clip")
-        self.linear_before_reset = bool(call.int("linear_before_reset", 0))
-        self.batch_first = bool(call.int("layout", 0))
+        self.linear_before_reset = bool(call.integer("linear_before_reset", 0))
+        self.batch_first = bool(call.integer("layout", 0))
         names = call.attr("activations")
         self.named = [str(n).lower() for n in names] if names else _DEFAULTS[self.op] * self.directions
         unknown = [n for n in self.named if n not in _PLAIN and n not in _SHAPED]
-        if unknown or call.int("input_forget", 0):
+        if unknown or call.integer("input_forget", 0):
             raise ModelError(f"{call.where}: {unknown or 'coupled input and forget gates'} not known here")
         self.functions = _functions(self.named, call.attr("activation_alpha"), call.attr("activation_beta"))
         plain = self.named == _DEFAULTS[self.op] * self.directions and self.clip is None

@@ -29,7 +29,8 @@ def _mean(x: Tensor, axes: Axes, keep: bool) -> Tensor:
 
 
 def _norm(x: Tensor, axes: Axes, keep: bool) -> Tensor:
-    return torch.linalg.vector_norm(x, 2, axes, keepdim=keep)
+    norm: Tensor = torch.linalg.vector_norm(x, 2, axes, keepdim=keep)
+    return norm
 
 
 _REDUCE: dict[str, tuple[int, Callable[[Tensor, Axes, bool], Tensor]]] = {
@@ -50,8 +51,8 @@ def _builder(function: Callable[[Tensor, Axes, bool], Tensor], attribute: bool) 
     """Axes as an attribute, or as the second input; none means all, or nothing with `noop_with_empty_axes`."""
 
     def build(call: Call) -> Kernel:
-        keep, noop = bool(call.int("keepdims", 1)), bool(call.int("noop_with_empty_axes", 0))
-        fixed = call.ints("axes") if attribute else call.fixed_ints(1)
+        keep, noop = bool(call.integer("keepdims", 1)), bool(call.integer("noop_with_empty_axes", 0))
+        fixed = call.integers("axes") if attribute else call.fixed_ints(1)
 
         def run(x: Tensor, given: Tensor | None = None) -> Tensor:
             axes = fixed if fixed is not None or given is None else ints(given)
@@ -73,7 +74,11 @@ for _name, (_since, _function) in _REDUCE.items():
 
 def _arg(name: str) -> Callable[[Call], Kernel]:
     def build(call: Call) -> Kernel:
-        axis, keep, last = call.int("axis", 0), bool(call.int("keepdims", 1)), call.int("select_last_index", 0)
+        axis, keep, last = (
+            call.integer("axis", 0),
+            bool(call.integer("keepdims", 1)),
+            call.integer("select_last_index", 0),
+        )
         function = torch.argmax if name == "ArgMax" else torch.argmin
 
         def run(x: Tensor) -> Tensor:
@@ -95,7 +100,7 @@ for _name in ("ArgMax", "ArgMin"):
 @operator("CumSum")
 def cumulative_sum(call: Call) -> Kernel:
     """Running sum along an axis, from the end with `reverse`, without the element itself with `exclusive`."""
-    exclusive, reverse = call.int("exclusive", 0), call.int("reverse", 0)
+    exclusive, reverse = call.integer("exclusive", 0), call.integer("reverse", 0)
 
     def run(x: Tensor, axis: Tensor) -> Tensor:
         along = int(axis.reshape(()).item())
@@ -117,27 +122,31 @@ def _top(x: Tensor, k: int, axis: int, largest: bool, is_sorted: bool) -> tuple[
 @operator("TopK")
 def top_k_attribute(call: Call) -> Kernel:
     """K as an attribute, before opset 10."""
-    k, axis = call.int("k", 1), call.int("axis", -1)
+    k, axis = call.integer("k", 1), call.integer("axis", -1)
     return lambda x: _top(x, k, axis, True, True)
 
 
 @operator("TopK", since=10)
 def top_k(call: Call) -> Kernel:
     """The k greatest (or least) along an axis and their indices; of equals the lower index first."""
-    axis, largest, is_sorted = call.int("axis", -1), bool(call.int("largest", 1)), bool(call.int("sorted", 1))
+    axis, largest, is_sorted = (
+        call.integer("axis", -1),
+        bool(call.integer("largest", 1)),
+        bool(call.integer("sorted", 1)),
+    )
     return lambda x, k: _top(x, int(k.reshape(()).item()), axis, largest, is_sorted)
 
 
 @operator("Det")
 def determinant(_call: Call) -> Kernel:
     """Determinant of the last two axes."""
-    return torch.linalg.det
+    return lambda x: torch.linalg.det(x)
 
 
 @operator("Trilu")
 def triangle(call: Call) -> Kernel:
     """Upper or lower triangle of the last two axes from diagonal k."""
-    upper = call.int("upper", 1)
+    upper = call.integer("upper", 1)
 
     def run(x: Tensor, k: Tensor | None = None) -> Tensor:
         diagonal = 0 if k is None else int(k.reshape(()).item())

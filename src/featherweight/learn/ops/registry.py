@@ -63,12 +63,12 @@ class Call:
             raise ModelError(f"{self.where} takes its {name!r} from a function; inline functions first")
         return found.value
 
-    def int(self, name: str, default: int) -> int:
+    def integer(self, name: str, default: int) -> int:
         """An integer attribute."""
         found = self.attr(name)
         return default if found is None else int(found)
 
-    def float(self, name: str, default: float) -> float:
+    def real(self, name: str, default: float) -> float:
         """A float attribute."""
         found = self.attr(name)
         return default if found is None else float(found)
@@ -78,7 +78,7 @@ class Call:
         found = self.attr(name)
         return default if found is None else str(found)
 
-    def ints(self, name: str) -> list[int] | None:
+    def integers(self, name: str) -> list[int] | None:
         """An attribute of integers; None if it is absent."""
         found = self.attr(name)
         return None if found is None else [int(v) for v in found]

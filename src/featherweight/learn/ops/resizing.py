@@ -148,8 +148,8 @@ def _settings(call: Call, coordinates: str) -> Settings:
         raise ModelError(f"{call.where}: the mode {mode!r} is not known here")
     return (
         mode, call.text("coordinate_transformation_mode", coordinates), call.text("nearest_mode", "round_prefer_floor"),
-        call.float("cubic_coeff_a", -0.75), bool(call.int("exclude_outside", 0)),
-        call.float("extrapolation_value", 0.0), bool(call.int("antialias", 0)),
+        call.real("cubic_coeff_a", -0.75), bool(call.integer("exclude_outside", 0)),
+        call.real("extrapolation_value", 0.0), bool(call.integer("antialias", 0)),
     )  # fmt: skip
 
 
@@ -186,7 +186,7 @@ def upsample(call: Call) -> Kernel:
 @operator("Resize", since=11)
 def resize_inputs(call: Call) -> Kernel:
     """Scales or sizes as inputs, on all axes or (opset 18) those named, the aspect ratio kept if asked."""
-    settings, axes = _settings(call, "half_pixel"), call.ints("axes")
+    settings, axes = _settings(call, "half_pixel"), call.integers("axes")
     policy = call.text("keep_aspect_ratio_policy", "stretch")
     pick: Callable[[Sequence[float]], float] | None = {"not_larger": min, "not_smaller": max}.get(policy)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -17,14 +18,14 @@ from featherweight.learn.ops.registry import Call, Kernel, ints, operator
 @operator("Reshape")
 def reshape_attribute(call: Call) -> Kernel:
     """Before opset 5 the shape is an attribute."""
-    shape = call.ints("shape") or []
+    shape = call.integers("shape") or []
     return lambda x: x.reshape(_resolved(x, shape, False))
 
 
 @operator("Reshape", since=5)
 def reshape(call: Call) -> Kernel:
     """0 keeps an axis (unless `allowzero`), -1 takes what is left."""
-    fixed, allow_zero = call.fixed_ints(1), bool(call.int("allowzero", 0))
+    fixed, allow_zero = call.fixed_ints(1), bool(call.integer("allowzero", 0))
 
     def run(x: Tensor, shape: Tensor) -> Tensor:
         return x.reshape(_resolved(x, ints(shape) if fixed is None else fixed, allow_zero))
@@ -45,7 +46,7 @@ def _resolved(x: Tensor, shape: Sequence[int], allow_zero: bool) -> list[int]:
 @operator("Flatten")
 def flatten(call: Call) -> Kernel:
     """To a matrix, split before `axis`."""
-    axis = call.int("axis", 1)
+    axis = call.integer("axis", 1)
 
     def run(x: Tensor) -> Tensor:
         first = axis % x.ndim if axis < 0 else axis
@@ -57,14 +58,14 @@ def flatten(call: Call) -> Kernel:
 @operator("Transpose")
 def transpose(call: Call) -> Kernel:
     """Axes in the order of `perm`, reversed without it."""
-    perm = call.ints("perm")
+    perm = call.integers("perm")
     return lambda x: x.permute(perm if perm is not None else tuple(reversed(range(x.ndim))))
 
 
 def _axes_kernel(call: Call, apply: Callable[[Tensor, list[int] | None], Tensor], *, attribute: bool) -> Kernel:
     """A kernel whose axes are an attribute or the second input."""
     if attribute:
-        axes = call.ints("axes")
+        axes = call.integers("axes")
         return lambda x: apply(x, axes)
     fixed = call.fixed_ints(1)
     if fixed is not None or not call.has(1):
@@ -88,15 +89,19 @@ def _unsqueeze(x: Tensor, axes: list[int] | None) -> Tensor:
     return x
 
 
+def _with_axes(apply: Callable[[Tensor, list[int] | None], Tensor], attribute: bool) -> Callable[[Call], Kernel]:
+    return lambda call: _axes_kernel(call, apply, attribute=attribute)
+
+
 for _name, _apply in (("Squeeze", _squeeze), ("Unsqueeze", _unsqueeze)):
-    operator(_name)(lambda call, apply=_apply: _axes_kernel(call, apply, attribute=True))
-    operator(_name, since=13)(lambda call, apply=_apply: _axes_kernel(call, apply, attribute=False))
+    operator(_name)(_with_axes(_apply, True))
+    operator(_name, since=13)(_with_axes(_apply, False))
 
 
 @operator("Concat")
 def concat(call: Call) -> Kernel:
     """Along `axis`."""
-    axis = call.int("axis", 1)
+    axis = call.integer("axis", 1)
     return lambda *xs: xs[0] if len(xs) == 1 else torch.cat(xs, axis)
 
 
@@ -110,14 +115,14 @@ def _split(x: Tensor, sizes: Sequence[int] | None, axis: int, parts: int) -> tup
 @operator("Split")
 def split_attribute(call: Call) -> Kernel:
     """Sizes as an attribute, equal without it."""
-    sizes, axis, parts = call.ints("split"), call.int("axis", 0), len(call.node.outputs)
+    sizes, axis, parts = call.integers("split"), call.integer("axis", 0), len(call.node.outputs)
     return lambda x: _split(x, sizes, axis, parts)
 
 
 @operator("Split", since=13)
 def split(call: Call) -> Kernel:
     """Sizes as the second input, equal without it (the last may be short)."""
-    axis, parts, fixed = call.int("axis", 0), len(call.node.outputs), call.fixed_ints(1)
+    axis, parts, fixed = call.integer("axis", 0), len(call.node.outputs), call.fixed_ints(1)
     if fixed is not None or not call.has(1):
         return lambda x, *_: _split(x, fixed, axis, parts)
     return lambda x, sizes: _split(x, ints(sizes), axis, parts)
@@ -147,8 +152,8 @@ def _slice(x: Tensor, starts: Sequence[int], ends: Sequence[int], axes: Sequence
 @operator("Slice")
 def slice_attributes(call: Call) -> Kernel:
     """Bounds as attributes, before opset 10."""
-    starts, ends = call.ints("starts") or [], call.ints("ends") or []
-    axes = call.ints("axes") or list(range(len(starts)))
+    starts, ends = call.integers("starts") or [], call.integers("ends") or []
+    axes = call.integers("axes") or list(range(len(starts)))
     return lambda x: _slice(x, starts, ends, axes, [1] * len(starts))
 
 
@@ -176,7 +181,7 @@ def expand(call: Call) -> Kernel:
 
     def run(x: Tensor, shape: Tensor) -> Tensor:
         target = ints(shape) if fixed is None else fixed
-        return x.expand(torch.broadcast_shapes(x.shape, tuple(target)))
+        return x.expand(np.broadcast_shapes(tuple(x.shape), tuple(target)))
 
     return run
 
@@ -191,7 +196,7 @@ def tile(call: Call) -> Kernel:
 @operator("Shape", gradient="none")
 def shape_of(call: Call) -> Kernel:
     """Sizes of the axes from `start` to `end`."""
-    start, end = call.int("start", 0), call.attr("end")
+    start, end = call.integer("start", 0), call.attr("end")
     return lambda x: torch.tensor(list(x.shape)[start : None if end is None else int(end)], dtype=torch.int64)
 
 
@@ -206,7 +211,7 @@ def cast(call: Call) -> Kernel:
     """To another type. Codes that carry gradients stay floats until a float type is asked for."""
     import onnx_ir as ir
 
-    to = ir.DataType(call.int("to", 1))
+    to = ir.DataType(call.integer("to", 1))
     kind = _tensors.held(to)
     return lambda x: x.to(kind)
 
@@ -227,7 +232,7 @@ def space(x: Tensor, block: int) -> tuple[int, int, int, int]:
 @operator("DepthToSpace")
 def depth_to_space(call: Call) -> Kernel:
     """Channels to blocks of pixels, depth or column first."""
-    block, mode = call.int("blocksize", 1), call.text("mode", "DCR")
+    block, mode = call.integer("blocksize", 1), call.text("mode", "DCR")
 
     def run(x: Tensor) -> Tensor:
         if mode == "CRD":
@@ -242,7 +247,7 @@ def depth_to_space(call: Call) -> Kernel:
 @operator("SpaceToDepth")
 def space_to_depth(call: Call) -> Kernel:
     """Blocks of pixels to channels."""
-    block = call.int("blocksize", 1)
+    block = call.integer("blocksize", 1)
 
     def run(x: Tensor) -> Tensor:
         n, c, h, w = space(x, block)
