@@ -2,7 +2,8 @@
 
 Only requests whose inputs agree in every axis but the first share a batch. A free worker takes what is there at once
 when requests come one by one; when the last batches held several, it waits for as many again, but never longer than
-`max_delay_s` counted from the oldest request (adaptive batching after Crankshaw et al. 2017, "Clipper").
+`max_delay_s` counted from the oldest request, nor than a run usually takes: more waiting than that costs more than the
+run it saves (adaptive batching after Crankshaw et al. 2017, "Clipper").
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ class Batcher:
         self._waiting: OrderedDict[Key, deque[Job]] = OrderedDict()
         self._count = 0
         self._usual = 1.0  # requests a batch, moving average
+        self._run_s = max_delay_s  # of a run, moving average
         self._free = workers
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -121,10 +123,10 @@ class Batcher:
 
     def _wait_s(self, held: deque[Job]) -> float:
         """How long these jobs should still be held back; the longer due, the smaller."""
-        left_s = held[0].arrived + self._max_delay_s - time.perf_counter()
+        waited_s = time.perf_counter() - held[0].arrived
         if len(held) >= round(self._usual) or sum(job.rows for job in held) >= self._max_batch:
-            return min(left_s - self._max_delay_s, 0.0)
-        return left_s
+            return -waited_s
+        return min(self._max_delay_s, self._run_s) - waited_s
 
     def _take(self, key: Key) -> list[Job]:
         """The oldest jobs of a queue, as many as a batch may hold; those nobody waits for any more are dropped."""
@@ -160,7 +162,9 @@ class Batcher:
                 job.answer.set_exception(result)
             else:
                 job.answer.set_result(result)
-        self._on_batch(Ran(len(batch), sum(j.rows for j in batch), time.perf_counter() - started))
+        took_s = time.perf_counter() - started
+        self._run_s += 0.3 * (took_s - self._run_s)
+        self._on_batch(Ran(len(batch), sum(j.rows for j in batch), took_s))
         self._dispatch()
 
 
