@@ -238,6 +238,10 @@ class _Stored(_grids.Affine):
         """The latent weight rounded to its grid."""
         return super().forward(latent, scale) if self._rows else super().forward(latent, scale.reshape(self._shape))
 
+    def spacing(self, latent: Tensor, scale: Tensor) -> Tensor:
+        """Distance between neighbours."""
+        return super().spacing(latent, scale if self._rows else scale.reshape(self._shape))
+
     def codes(self, latent: Tensor, scale: Tensor) -> Tensor:
         """Integer codes."""
         return super().codes(latent, scale if self._rows else scale.reshape(self._shape))

@@ -7,7 +7,8 @@ with the part of the scales that belongs to them.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +16,16 @@ from torch import Tensor, nn
 from featherweight.learn.ops.quantizing import along, fake_quantize
 
 
-class Grid(Protocol):
-    """What `Trained` asks of a shaper made from codes."""
+@dataclass(frozen=True)
+class Grid:
+    """Where a trained weight is rounded at each use.
 
-    def __call__(self, latent: Tensor, *parts: Tensor) -> Tensor:
-        """The weight as the graph reads it."""
-        ...
+    `step`: distance between neighbouring values of the grid, broadcasts against the weight (of a codebook: its mean
+    gap). `value`: name of the rounded weight in the graph; feed that one to `Executor.segment` to round it yourself.
+    """
 
-    def codes(self, latent: Tensor, *parts: Tensor) -> Tensor:
-        """The codes that stand for it."""
-        ...
+    step: Tensor
+    value: str
 
 
 class Affine(nn.Module):
@@ -46,6 +47,10 @@ class Affine(nn.Module):
 
     def _offset(self, latent: Tensor) -> Tensor | float:
         return 0.0 if self.zero is None else along(self.zero.to(latent.dtype), latent, self.axis, self.block)
+
+    def spacing(self, latent: Tensor, scale: Tensor) -> Tensor:
+        """Distance between neighbours: the scale, broadcast against the weight."""
+        return along(scale.to(latent.dtype), latent, self.axis, self.block)
 
     def codes(self, latent: Tensor, scale: Tensor) -> Tensor:
         """Integer codes in low..high."""
@@ -99,6 +104,14 @@ class Book(nn.Module):
         value: Tensor = _Nearest.apply(latent, entries, index)  # type: ignore[no-untyped-call]
         return value
 
+    def spacing(self, latent: Tensor, book: Tensor) -> Tensor:
+        """Mean gap of each group's entries, broadcast against the weight."""
+        entries = self._book(book, latent)
+        gap = (entries.amax(1) - entries.amin(1)) / max(self.levels - 1, 1)
+        if self.groups == 1:
+            return gap.reshape(())
+        return gap.repeat_interleave(latent.shape[0] // self.groups).reshape(-1, *(1,) * (latent.ndim - 1))
+
     def codes(self, latent: Tensor, book: Tensor) -> Tensor:
         """Indices into the book."""
         return nearest(latent.reshape(self.groups, -1), self._book(book, latent)).reshape(latent.shape)
@@ -110,6 +123,10 @@ class Vectors(nn.Module):
     def __init__(self, groups: int, levels: int) -> None:
         super().__init__()
         self.groups, self.levels = groups, levels
+
+    def spacing(self, latent: Tensor, book: Tensor) -> Tensor:
+        """Spread of the vectors over the count of levels that one column would need: a scale, no exact distance."""
+        return 2 * book.detach().to(latent.dtype).std() / max(self.levels ** (1 / max(book.shape[-1], 1)), 1.0)
 
     def codes(self, latent: Tensor, book: Tensor) -> Tensor:
         """Index of the nearest vector of each run: (rows, groups)."""
@@ -148,6 +165,11 @@ class Levels(nn.Module):
         value: Tensor = (self.book(steps, book) - zero) * step
         return value
 
+    def spacing(self, latent: Tensor, scale: Tensor, book: Tensor) -> Tensor:
+        """Mean gap of the allowed codes times the scale."""
+        steps, step, _ = self._steps(latent, scale)
+        return self.book.spacing(steps, book) * step
+
     def codes(self, latent: Tensor, scale: Tensor, book: Tensor) -> Tensor:
         """Indices into the book of allowed codes."""
         return self.book.codes(self._steps(latent, scale)[0], book)
@@ -167,6 +189,10 @@ class Masked(nn.Module):
         """The rounded weight, zeros kept."""
         value: Tensor = latent if self.inner is None else self.inner(latent, *parts)
         return value * self.mask
+
+    def spacing(self, latent: Tensor, *parts: Tensor) -> Tensor | None:
+        """That of the grid inside; None for plain floats."""
+        return None if self.inner is None else self.inner.spacing(latent, *parts)
 
     def codes(self, latent: Tensor, *parts: Tensor) -> Tensor:
         """Codes everywhere; those behind the mask mean nothing."""
@@ -212,6 +238,11 @@ class Rows(nn.Module):
             blocks = scale.squeeze(-1)
             return blocks.repeat_interleave(rows.shape[-1] // blocks.shape[-1], -1)
         return scale
+
+    def spacing(self, latent: Tensor, part: Tensor) -> Tensor:
+        """That of the whole table."""
+        index = torch.arange(latent.shape[0], device=latent.device)
+        return self.grid.spacing(latent, self._of_rows(part, index, latent))
 
     def codes(self, latent: Tensor, part: Tensor) -> Tensor:
         """Codes of the whole table."""

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from featherweight.errors import ModelError
 from featherweight.graph.encode.codes import pack_bytes
 from featherweight.learn import _tensors
+from featherweight.learn._grids import Grid
+from featherweight.learn.ops.quantizing import along
 
 _NIBBLES = (ir.DataType.INT4, ir.DataType.UINT4)
 
@@ -61,6 +63,23 @@ class Trained:
         old = _tensors.from_ir(holder.tensor)
         if not torch.equal(old, latent.to(old.dtype).cpu()):
             holder.replace(_tensors.to_array(latent, holder.tensor.dtype))
+
+    def grid(self, tensors: Mapping[str, Tensor]) -> Grid | None:
+        """Where it is rounded at each use; None where it is not, or only to a narrower float."""
+        name = self.values[0].name or ""
+        if self.encoded is not None and self.shaper is not None and hasattr(self.shaper, "spacing"):
+            with torch.no_grad():
+                step = self.shaper.spacing(tensors[self.name], *(_part(p, tensors) for p in self.parts))
+            return None if step is None else Grid(step, name)
+        node = next((n for n, i in self.values[0].uses() if n.op_type == "QuantizeLinear" and i == 0), None)
+        behind = None if node is None else next((n for n, _ in node.outputs[0].uses()), None)
+        if node is None or behind is None or behind.op_type != "DequantizeLinear" or node.inputs[1] is None:
+            return None
+        axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
+        block = node.attributes["block_size"].as_int() if "block_size" in node.attributes else 0
+        latent = tensors[self.name]
+        step = along(_part(node.inputs[1], tensors).to(latent.dtype), latent, axis % max(latent.ndim, 1), block)
+        return Grid(step, behind.outputs[0].name or "")
 
     def final(self, latent: Tensor) -> Tensor:
         """What a file stores of it: floats as the graph reads them (zeros kept, scales positive), else the latent."""

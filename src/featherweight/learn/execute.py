@@ -20,6 +20,7 @@ from featherweight.core import Note
 from featherweight.errors import DataError, ModelError
 from featherweight.graph import surgery
 from featherweight.learn import _parameters, _tensors
+from featherweight.learn._grids import Grid
 from featherweight.learn._program import Plan, Program
 
 Feeds = Mapping[str, Tensor]
@@ -118,6 +119,15 @@ class Executor(nn.Module):
         """What is trained, by the name it has in the graph; a tied weight appears once."""
         return {t.name: p for t, p in zip(self._trained, self._tensors, strict=True)}
 
+    def grids(self) -> dict[str, Grid]:
+        """For each parameter that is rounded on use: the step of its grid, and the name of the rounded value."""
+        tensors = self._final()
+        found = {t.name: t.grid(tensors) for t in self._trained}
+        return {name: grid for name, grid in found.items() if grid is not None}
+
+    def _final(self) -> dict[str, Tensor]:
+        return {t.name: t.final(p) for t, p in zip(self._trained, self._tensors, strict=True)}
+
     def write_back(self, model: ir.Model) -> ir.Model:
         """A copy of `model` whose stored tensors hold the trained values, in the types and encodings they had.
 
@@ -125,7 +135,7 @@ class Executor(nn.Module):
         Raises ModelError where a tensor is missing or has another shape.
         """
         copy = surgery.copy_model(model)
-        tensors = {t.name: t.final(p) for t, p in zip(self._trained, self._tensors, strict=True)}
+        tensors = self._final()
         for trained in self._trained:
             trained.store(copy, tensors)
         return copy
