@@ -67,9 +67,10 @@ class Trained:
     def grid(self, tensors: Mapping[str, Tensor]) -> Grid | None:
         """Where it is rounded at each use; None where it is not, or only to a narrower float."""
         name = self.values[0].name or ""
-        if self.encoded is not None and self.shaper is not None and hasattr(self.shaper, "spacing"):
+        spacing: Any = getattr(self.shaper, "spacing", None) if self.encoded is not None else None
+        if spacing is not None:
             with torch.no_grad():
-                step = self.shaper.spacing(tensors[self.name], *(_part(p, tensors) for p in self.parts))
+                step: Tensor | None = spacing(tensors[self.name], *(_part(p, tensors) for p in self.parts))
             return None if step is None else Grid(step, name)
         node = next((n for n, i in self.values[0].uses() if n.op_type == "QuantizeLinear" and i == 0), None)
         behind = None if node is None else next((n for n, _ in node.outputs[0].uses()), None)
