@@ -11,8 +11,10 @@ import io
 import json
 import math
 import re
+import struct
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,11 @@ MAX_TEXT_BYTES = 256 << 20
 """Of one JSON member, or of the example inputs."""
 _PAYLOAD = re.compile(r"data/(weights|constants)/(weight|tensor)_[0-9]{1,9}")
 _CONFIG = re.compile(r"data/(weights|constants)/model_(weights|constants)_config\.json")
+_UNREADABLE = (
+    zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, RuntimeError, struct.error, zlib.error,
+    OverflowError,
+)  # fmt: skip
+"""What zipfile raises where an archive is damaged; also for encrypted members."""
 _PROGRAM, _SAMPLES, _FORMAT = "models/model.json", "data/sample_inputs/model.pt", "archive_format"
 _KEPT = {"archive_format", "archive_version", "byteorder", ".data/version", ".data/serialization_id"}
 
@@ -64,7 +71,7 @@ def rebuild(path: Path, target: Path) -> None:
                         out.writestr(f"program/{name}", _safe_samples(archive.read(member)))
                     elif name in needed or name in configs or name in _KEPT:
                         _copy(archive, member, out, f"program/{name}")
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, KeyError) as e:
+    except (*_UNREADABLE, KeyError) as e:
         raise ModelError(f"{path} is not a readable .pt2 file: truncated or corrupt ({e}); save it again") from e
     except OSError as e:
         raise ModelError(f"{path} cannot be read: {e.strerror or e}") from e
@@ -76,6 +83,8 @@ def checked_members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.Z
     infos = archive.infolist()
     if not infos or len(infos) > MAX_MEMBERS:
         raise ModelError(f"{path} must have 1 to {MAX_MEMBERS} members, but has {len(infos)}; save it again")
+    if min(i.header_offset for i in infos):
+        raise zipfile.BadZipFile("the archive does not begin where the file does")
     root = infos[0].filename.partition("/")[0]
     found: dict[str, zipfile.ZipInfo] = {}
     seen: set[str] = set()

@@ -105,6 +105,9 @@ class _Traced:
         self.inputs = [(n, t) for n, t in zip(self._names, self._leaves, strict=True) if isinstance(t, torch.Tensor)]
         if not self.inputs:
             raise DataError(f"{source.label} needs at least one tensor among its example inputs")
+        empty = next((name for name, t in self.inputs if not t.numel()), None)
+        if empty is not None:
+            raise DataError(f"the example of the input {empty!r} must have at least one element, but it is empty")
         self.axes = fw_axes.open_axes(self.inputs, source.axes if dynamic is None and source.axes else dynamic)
         if source.program is not None:
             self.axes = _open_in(source.program, self.axes)

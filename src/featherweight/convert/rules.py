@@ -26,6 +26,7 @@ _OPERATOR = re.compile(r"torch\.ops\.(aten|prims)\.([A-Za-z_][A-Za-z0-9_]*)\.([A
 _HIGHER = re.compile(r"torch\.ops\.higher_order\.(cond|wrap_with_set_grad_enabled|wrap_with_autocast|while_loop|scan)")
 # Operators that reach beyond tensors.
 _REFUSED_OPERATORS = {"from_file", "save", "load", "_load_for_executorch", "backward"}
+_BITWISE = {"__and__", "__or__", "__xor__", "__lshift__", "__rshift__"}
 _ARITHMETIC = {
     *(f"_operator.{n}" for n in "add sub mul floordiv truediv mod pow neg pos eq ne lt le gt ge and_ or_".split()),  # noqa: SIM905
     *(f"math.{n}" for n in ("ceil", "floor", "trunc", "sqrt")),
@@ -113,7 +114,8 @@ def _check_operator(text: str, where: str) -> None:
     if text in _ARITHMETIC or _HIGHER.fullmatch(text):
         return
     found = _OPERATOR.fullmatch(text)
-    if found is None or found[2] in _REFUSED_OPERATORS or "__" in text.replace(".__", ".").replace("__.", "."):
+    hidden = found is not None and (found[3].startswith("__") or (found[2][:2] == "__" and found[2] not in _BITWISE))
+    if found is None or found[2] in _REFUSED_OPERATORS or hidden:
         raise _refused(where, "the operator", text)
 
 
