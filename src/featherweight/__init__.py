@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         Silent,
         Site,
     )
+    from featherweight.edge.asking import Asked, place
     from featherweight.edge.client import Offload
     from featherweight.edge.split import Split, split
     from featherweight.errors import (
@@ -55,6 +56,7 @@ _HOMES = {
     "core": (
         "Action Attempt Budget Decision Effect Interval Measurement Note Plan Profile Progress Report Silent Site"
     ),
+    "edge.asking": "Asked place",
     "edge.split": "Split split",
     "edge.client": "Offload",
     "errors": (
@@ -69,6 +71,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split
 
 __all__ = [
     "Action",
+    "Asked",
     "Attempt",
     "Budget",
     "BudgetError",
@@ -105,6 +108,7 @@ __all__ = [
     "distill",
     "frontier",
     "inspect",
+    "place",
     "split",
     "words",
 ]
