@@ -268,3 +268,75 @@ def test_half_precision_weights_are_written_in_their_type(dtype) -> None:
     executor = Executor(model)
     written = check(model, feeds, set(executor.parameters_by_name()))
     assert written.graph.initializers["W"].dtype == ir.DataType(dtype)
+
+
+def test_codes_of_integer_products_are_trained_in_their_own_units() -> None:
+    rng = np.random.default_rng(8)
+    weights = {"w": rng.integers(-100, 100, (6, 5)).astype(np.int8), "s": rng.random(5, np.float32) * 0.01 + 0.01}
+    nodes = [
+        N("DynamicQuantizeLinear", ["x"], ["q", "xs", "xz"]), N("MatMulInteger", ["q", "w", "xz"], ["p"]),
+        N("Cast", ["p"], ["f"], to=TensorProto.FLOAT),
+        N("Mul", ["xs", "s"], ["scale"]), N("Mul", ["f", "scale"], ["y"]),
+    ]  # fmt: skip
+    model = model_of(nodes, weights, {"x": [None, 6]}, 2)
+    written = check(model, {"x": rng.standard_normal((3, 6)).astype(np.float32)}, {"w", "s"})
+    assert written.graph.initializers["w"].dtype == ir.DataType.INT8
+
+
+def qlinear(op: str) -> tuple[ir.Model, dict[str, np.ndarray]]:
+    """x -> codes -> integer layer -> codes -> y."""
+    rng = np.random.default_rng(9)
+    conv = op == "QLinearConv"
+    shape = (4, 3, 3, 3) if conv else (6, 5)
+    weights = {
+        "xs": np.float32(0.03), "xz": np.uint8(120), "ys": np.float32(0.2), "yz": np.uint8(128),
+        "w": rng.integers(-100, 100, shape).astype(np.int8),
+        "ws": (rng.random(4 if conv else 5) * 0.02).astype(np.float32),
+        "wz": np.zeros(4 if conv else 5, np.int8),
+    }  # fmt: skip
+    inputs = ["q", "xs", "xz", "w", "ws", "wz", "ys", "yz"]
+    if conv:
+        weights["b"] = rng.integers(-500, 500, 4).astype(np.int32)
+        inputs.append("b")
+    nodes = [N("QuantizeLinear", ["x", "xs", "xz"], ["q"]), N(op, inputs, ["p"]),
+             N("DequantizeLinear", ["p", "ys", "yz"], ["y"])]  # fmt: skip
+    x = rng.standard_normal((2, 3, 5, 5) if conv else (3, 6)).astype(np.float32)
+    return model_of(nodes, weights, {"x": [None, *x.shape[1:]]}, x.ndim), {"x": x}
+
+
+@pytest.mark.parametrize("op", ["QLinearConv", "QLinearMatMul"])
+def test_layers_of_codes_are_executed_and_their_weights_trained(op) -> None:
+    model, feeds = qlinear(op)
+    executor = Executor(model)
+    mine = executor({"x": torch.from_numpy(feeds["x"])})["y"].detach().numpy()
+    # The runtime's integer kernels may round one code differently.
+    np.testing.assert_allclose(mine, run_ort(model, feeds)["y"], atol=0.2001)
+    assert (np.abs(mine - run_ort(model, feeds)["y"]) > 1e-3).mean() < 0.02
+    grads = train(executor, feeds, 0.1)
+    assert set(grads) == ({"w", "b"} if op == "QLinearConv" else {"w"})
+    assert all(g.abs().sum() > 0 for g in grads.values())
+    written = executor.write_back(model)
+    assert written.graph.initializers["w"].dtype == ir.DataType.INT8
+    mine = executor({"x": torch.from_numpy(feeds["x"])})["y"].detach().numpy()
+    np.testing.assert_allclose(mine, run_ort(written, feeds)["y"], atol=0.2001)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_the_runtimes_own_blocks_pass_gradients_on(bits, zeros) -> None:
+    rng = np.random.default_rng(10)
+    n, k, block = 5, 40, 16
+    blocks, size = -(-k // block), block * bits // 8
+    weights: dict[str, Any] = {
+        "b": rng.integers(0, 256, (n, blocks, size)).astype(np.uint8), "s": rng.random(n * blocks, np.float32) * 0.1,
+        "u": rng.standard_normal((7, k)).astype(np.float32) * 0.3,
+    }  # fmt: skip
+    inputs = ["h", "b", "s"]
+    if zeros:
+        weights["z"] = rng.integers(0, 256, n * -(-blocks * bits // 8)).astype(np.uint8)
+        inputs.append("z")
+    sizes = {"K": k, "N": n, "bits": bits, "block_size": block}
+    nodes = [N("MatMul", ["x", "u"], ["h"]), N("MatMulNBits", inputs, ["y"], domain="com.microsoft", **sizes)]
+    model = model_of(nodes, weights, {"x": [None, 7]}, 2)
+    model.graph.opset_imports["com.microsoft"] = 1
+    check(model, {"x": rng.standard_normal((3, 7)).astype(np.float32)}, {"u"})

@@ -161,7 +161,8 @@ CHECKS: list[Check] = [
 BY_OTHER_TESTS = {
     ("", "If"), ("", "Loop"), ("", "Scan"),  # bodies need a graph: below
     ("", "QuantizeLinear"), ("", "DequantizeLinear"), (MS, "DequantizeLinear"), ("", "DynamicQuantizeLinear"),
-    ("", "MatMulInteger"), ("", "ConvInteger"),  # straight-through: against their smooth stand-in, below
+    # straight-through: against their smooth stand-in, and by training, elsewhere
+    ("", "MatMulInteger"), ("", "ConvInteger"), ("", "QLinearMatMul"), ("", "QLinearConv"), (MS, "MatMulNBits"),
 }  # fmt: skip
 
 

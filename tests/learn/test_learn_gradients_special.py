@@ -103,6 +103,35 @@ def test_integer_products_pass_the_gradient_of_the_float_product(product) -> Non
     torch.testing.assert_close(x.grad, expected)
 
 
+@pytest.mark.parametrize("op", ["QLinearMatMul", "QLinearConv"])
+def test_layers_of_codes_pass_the_gradient_of_the_float_layer(op) -> None:
+    rng = np.random.default_rng(1)
+    conv = op == "QLinearConv"
+    codes = rng.integers(-50, 51, (5, 4, 1) if conv else (4, 5)).astype(np.int8)
+    stored = {"xs": np.float32(0.02), "xz": np.uint8(128), "w": codes, "ws": np.float32(0.01), "wz": np.int8(0),
+              "ys": np.float32(0.1), "yz": np.uint8(128)}  # fmt: skip
+    axes = "N, 4, 3" if conv else "N, 4"
+    proto = parser.parse_model(f"""<ir_version: 10, opset_import: ["" : 21]>
+        g (float[{axes}] x) => (float[A, B{", C" if conv else ""}] y) {{
+            q = QuantizeLinear(x, xs, xz)
+            p = {op}(q, xs, xz, w, ws, wz, ys, yz)
+            y = DequantizeLinear(p, ys, yz)
+        }}""")
+    proto.graph.initializer.extend(numpy_helper.from_array(np.asarray(v), k) for k, v in stored.items())
+    executor = Executor(ir.serde.deserialize_model(proto))
+    x = (torch.rand(2, 4, *((3,) if conv else ())) - 0.5).requires_grad_()  # inside the range: nothing is cut off
+    y = executor({"x": x})["y"]
+    reading = torch.randn(y.shape)
+    (y * reading).sum().backward()
+    w = torch.from_numpy(codes).float() * 0.01
+    expected = torch.einsum("nol,oi->nil", reading, w[..., 0]) if conv else reading @ w.t()
+    torch.testing.assert_close(x.grad, expected)
+    latent = executor.parameters_by_name()["w"].grad * 100  # in units of the scale
+    quantised = (x.detach() / 0.02).round() * 0.02
+    seen = torch.einsum("nol,nil->oi", reading, quantised)[..., None] if conv else quantised.t() @ reading
+    torch.testing.assert_close(latent, seen, rtol=1e-4, atol=1e-5)
+
+
 def test_grids_pass_the_gradient_to_the_latent_weight_and_to_the_entries_that_were_read() -> None:
     latent = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     reading = torch.randn(4, 6, dtype=torch.float64)

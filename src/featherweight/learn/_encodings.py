@@ -28,6 +28,8 @@ from featherweight.learn._trained import Holder, Trained, find_value, stored_ten
 
 _LAYOUT_OPS = frozenset({"Transpose", "Reshape", "Identity", "Squeeze", "Unsqueeze", "Cast", "Flatten", "Slice"})
 _LOOKUP_OPS = frozenset({"Mul", "Gather", "Reshape", "Slice", "ReduceSum", "Cast"})
+_INTEGER_WEIGHTS = {"MatMulInteger": (0, 1), "ConvInteger": (1,), "QLinearMatMul": (0, 3), "QLinearConv": (3, 8)}
+"""Inputs of integer products that hold codes of weights (or of a bias)."""
 _CODES = frozenset({*_tensors.RANGES, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 
@@ -40,7 +42,12 @@ def find(model: ir.Model, notes: list[Note]) -> list[Trained]:
     for value in _boundaries(model):
         while value not in seen:
             seen.add(value)
-            key, trained = _dequantized(model, value, notes) or _recognised(model, value, notes) or (None, None)
+            key, trained = (
+                _dequantized(model, value, notes)
+                or _recognised(model, value, notes)
+                or _integers(model, value)
+                or (None, None)
+            )
             if trained is not None:
                 _tie(found, key, trained, notes)
                 break
@@ -75,8 +82,10 @@ def _boundaries(model: ir.Model) -> Iterator[ir.Value]:
                 inside.update(_chain(node, encoded))
                 yield node.outputs[0]
                 continue
-        for value in node.inputs:
-            if value is not None and value.producer() is not None and surgery.is_constant(value, known):
+        places = _INTEGER_WEIGHTS.get(node.op_type, ())
+        for i, value in enumerate(node.inputs):
+            coded = value is not None and (value.producer() is not None or i in places)
+            if coded and value is not None and surgery.is_constant(value, known):
                 yield value
 
 
@@ -198,6 +207,30 @@ def _recognised(model: ir.Model, value: ir.Value, notes: list[Note]) -> Found:
     return holder, Trained(name, initial, (value,), grid, parts, reads, store)
 
 
+def _integers(model: ir.Model, value: ir.Value) -> Found:
+    """Codes that an integer product reads: trained in units of their scale."""
+    if not any(i in _INTEGER_WEIGHTS.get(n.op_type, ()) for n, i in value.uses()):
+        return None
+    name, tensor = value.name or "", stored_tensor(value)
+    if tensor is not None and tensor.dtype in _tensors.RANGES:
+        whole = _grids.Whole(*_tensors.RANGES[tensor.dtype])
+        codes = _tensors.from_ir(tensor).float()
+        return value, Trained(name, codes, (value,), whole, (), ((),), _Integers(name, whole))
+    encoded = read(model, value)
+    if encoded is None:
+        return None
+    codes = torch.from_numpy(np.array(decode(encoded))).float()
+    if encoded.kind == "int_tensor":
+        half = 1 << (encoded.layout.bits - 1)
+        whole = _grids.Whole(-half, half - 1)
+        return value, Trained(name, codes, (value,), whole, (), ((),), _Fields(name, whole, "codes"))
+    if encoded.kind == "palette" and encoded.layout.integer:
+        book = _grids.Book(encoded.layout.groups, encoded.layout.levels)
+        part = _holder(model, _leaves(encoded, value)["codebook"])
+        return value, Trained(name, codes, (value,), book, (part,), ((),), _Fields(name, book, "indices"))
+    return None
+
+
 def _grid(encoded: Encoded) -> tuple[nn.Module, str, str]:
     """Grid, the stored array it needs besides codes, and the field that codes are."""
     layout = encoded.layout
@@ -287,6 +320,20 @@ class _Codes:
             moved = self.grid(latent, *parts).cpu() != _decoded(self.grid, old, parts[0].cpu()).to(latent.dtype)
         if bool(moved.any()):
             holder.replace(torch.where(moved, new, old.to(new.dtype)).numpy())
+
+
+@dataclass(frozen=True)
+class _Integers:
+    """Stores codes that are trained as such."""
+
+    name: str
+    grid: _grids.Whole
+
+    def __call__(self, model: ir.Model, latent: Tensor, parts: Sequence[Tensor]) -> None:
+        del parts
+        holder, new = Holder.find(model, self.name), self.grid.codes(latent).cpu()
+        if not torch.equal(new, _tensors.from_ir(holder.tensor).to(new.dtype)):
+            holder.replace(new.numpy())
 
 
 @dataclass(frozen=True)

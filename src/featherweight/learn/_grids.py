@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from featherweight.learn.ops.quantizing import along, fake_quantize
+from featherweight.learn.ops.quantizing import along, fake_quantize, round_clip
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,26 @@ class Affine(nn.Module):
         step = along(scale.to(latent.dtype), latent, self.axis, self.block)
         steps = torch.nan_to_num(latent / step)  # a scale of 0 stands for 0 with any code
         return (torch.round(steps) + self._offset(latent)).clamp(self.low, self.high).to(torch.int32)
+
+
+class Whole(nn.Module):
+    """Codes themselves, read by an integer product: the weight in units of its scale, which stands elsewhere."""
+
+    def __init__(self, low: int, high: int) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """Rounded to integers in low..high."""
+        return round_clip(latent, self.low, self.high)
+
+    def spacing(self, latent: Tensor) -> Tensor:
+        """One."""
+        return torch.ones((), dtype=latent.dtype, device=latent.device)
+
+    def codes(self, latent: Tensor) -> Tensor:
+        """The integers."""
+        return torch.round(latent).clamp(self.low, self.high).to(torch.int32)
 
 
 class _Nearest(torch.autograd.Function):

@@ -17,11 +17,12 @@ from featherweight.learn import _encodings, _tensors
 from featherweight.learn._grids import Affine, Masked, Rows
 from featherweight.learn._program import Program, Source, needed
 from featherweight.learn._trained import Trained, stored_tensor
+from featherweight.learn.ops.registry import describe
 
 _SETTINGS: dict[str, tuple[int, ...]] = {
     "Clip": (1, 2), "Resize": (1, 2, 3), "Upsample": (1,), "Pad": (2,), "BatchNormalization": (3, 4),
     "QuantizeLinear": (1, 2), "DequantizeLinear": (1, 2), "Pow": (1,), "Range": (0, 1, 2), "OneHot": (1, 2),
-    "Dropout": (1,), "Where": (0,), "Max": (), "Min": (),
+    "Dropout": (1,), "Where": (0,), "QLinearMatMul": (1, 4, 6), "QLinearConv": (1, 4, 6), "MatMulNBits": (2, 3),
 }  # fmt: skip
 """Inputs that set how an operator works, or are statistics: stored floats, but no weights."""
 _WEIGHING = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN", "BatchNormalization",
@@ -106,6 +107,8 @@ def choose(model: ir.Model, trainable: Callable[[str], bool] | None, *, train_sc
     nodes: set[ir.Node] = set()
     for graph in model.graphs():
         nodes |= needed(graph, graph.outputs, sources)
+    frozen = [n for n in nodes if n.op_type == "MatMulNBits"]
+    chosen.notes += [Note(describe(n), "its weight keeps its codes; gradients pass to its input") for n in frozen]
     parts = {p for t in chosen.trained for p in t.parts}
     for value in _stored_floats(model):
         if value in sources or value in parts:
@@ -135,6 +138,11 @@ def _is_weight(value: ir.Value, nodes: set[ir.Node]) -> bool:
     return bool(np.isfinite(np.asarray(tensor.numpy()).astype(np.float32)).all())
 
 
+def _is_float(value: ir.Value) -> bool:
+    tensor = stored_tensor(value)
+    return tensor is not None and tensor.dtype in _tensors.FLOATS
+
+
 def _plain(value: ir.Value, keep_zeros: bool) -> Trained:
     initial, kind = _master(value)
     mask = None
@@ -159,7 +167,7 @@ def _scales(encoded: list[Trained], nodes: set[ir.Node], wanted: Callable[[str |
     """Scales and codebooks of encoded weights, then scales of activations; each once."""
     for t in encoded:
         for part in t.parts:
-            if wanted(part.name):
+            if _is_float(part) and wanted(part.name):
                 latent, kind = _master(part)
                 if isinstance(t.shaper, Affine | Masked | Rows) and latent.ndim < 3 and latent.min() >= 0:
                     grid = t.shaper.grid if isinstance(t.shaper, Rows) else t.shaper

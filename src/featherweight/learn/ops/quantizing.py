@@ -198,6 +198,79 @@ def matmul_integer(_call: Call) -> Kernel:
     return run
 
 
+def _requantized(value: Tensor, scale: Tensor, y_scale: Tensor, y_zero: Tensor, kind: ir.DataType | None) -> Tensor:
+    """Products of codes -> codes of the output."""
+    low, high = _tensors.RANGES[kind if kind in _tensors.RANGES else ir.DataType.UINT8]
+    zero = y_zero.to(value.dtype)
+    return round_clip(value * (scale / y_scale), low - zero, high - zero) + zero
+
+
+def _type_of(call: Call, index: int) -> ir.DataType | None:
+    value = call.node.inputs[index] if call.has(index) else None
+    return None if value is None else value.dtype
+
+
+@operator("QLinearMatMul", gradient="straight-through")
+def qlinear_matmul(call: Call) -> Kernel:
+    """Matrix product of codes, rescaled and rounded to codes."""
+    kind = _type_of(call, 7)
+
+    def run(a: Tensor, a_scale: Tensor, a_zero: Tensor, b: Tensor, b_scale: Tensor, b_zero: Tensor,
+            y_scale: Tensor, y_zero: Tensor) -> Tensor:  # fmt: skip
+        product = torch.matmul(_minus(a, a_zero, _rows(a_zero)), _minus(b, b_zero))
+        scale = (a_scale.reshape(-1, 1) if a_scale.ndim == 1 and a_scale.numel() > 1 else a_scale) * b_scale
+        return _requantized(product, scale, y_scale, y_zero, kind)
+
+    return run
+
+
+@operator("QLinearConv", gradient="straight-through")
+def qlinear_conv(call: Call) -> Kernel:
+    """Convolution of codes with a bias in units of both scales, rescaled and rounded to codes."""
+    from featherweight.learn.ops.linear import conv
+
+    inner, kind = conv(call), _type_of(call, 7)
+
+    def run(x: Tensor, x_scale: Tensor, x_zero: Tensor, w: Tensor, w_scale: Tensor, w_zero: Tensor,
+            y_scale: Tensor, y_zero: Tensor, b: Tensor | None = None) -> Tensor:  # fmt: skip
+        bias = None if b is None else b.to(x_scale.dtype)
+        product = inner(_minus(x, x_zero), _minus(w, w_zero, [-1, *(1,) * (w.ndim - 1)]), bias)
+        scale = x_scale * (w_scale if w_scale.numel() == 1 else w_scale.reshape(-1, *(1,) * (w.ndim - 2)))
+        return _requantized(product, scale, y_scale, y_zero, kind)
+
+    return run
+
+
+@operator("MatMulNBits", domain="com.microsoft")
+def matmul_nbits(call: Call) -> Kernel:
+    """X W' with W stored in blocks of 2, 4 or 8 bits along the columns; W itself is not trained."""
+    bits, block = call.integer("bits", 4), call.integer("block_size", 32)
+    n, k = call.integer("N", 0), call.integer("K", 0)
+    packed, scale, zero = call.constant(1), call.constant(2), call.constant(3)
+    if packed is None or scale is None or call.has(4) or bits not in (2, 4, 8) or (call.has(3) and zero is None):
+        raise ModelError(f"{call.where}: only stored weights of 2, 4 or 8 bits in order are known here")
+    blocks = -(-k // block)
+    codes = _unpacked(packed.reshape(n, blocks, -1), bits)[..., :block].to(scale.dtype)
+    middle = torch.full((n, blocks, 1), float(1 << (bits - 1)), dtype=scale.dtype)
+    if zero is not None:
+        zeros = zero if zero.is_floating_point() else _unpacked(zero.reshape(n, -1), bits)
+        middle = zeros.reshape(n, -1)[:, :blocks, None].to(scale.dtype)
+    weight = ((codes - middle) * scale.reshape(n, blocks, 1)).reshape(n, -1)[:, :k].contiguous()
+
+    def run(x: Tensor, _w: Tensor, _s: Tensor, _z: Tensor | None = None, _g: None = None,
+            bias: Tensor | None = None) -> Tensor:  # fmt: skip
+        return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
+
+    return run
+
+
+def _unpacked(packed: Tensor, bits: int) -> Tensor:
+    """Fields of each byte, lowest first, along the last axis."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.int32)
+    fields = (packed.to(torch.int32)[..., None] >> shifts) & ((1 << bits) - 1)
+    return fields.reshape(*packed.shape[:-1], -1)
+
+
 @operator("ConvInteger", gradient="straight-through")
 def conv_integer(call: Call) -> Kernel:
     """Convolution of codes less their zero points, summed in floats."""
