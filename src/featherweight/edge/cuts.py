@@ -177,8 +177,9 @@ def concrete_inputs(model: ir.Model, given: Mapping[str, tuple[int, ...]]) -> di
 def cut_graph(model: ir.Model, *, input_shapes: Mapping[str, tuple[int, ...]] | None = None) -> CutGraph:
     """Blocks and tensors of a prepared model; symbolic sizes of inputs not in `input_shapes` count as 1."""
     graph = model.graph
-    known = shapes.infer(model)
     sizes = shapes.infer(model, concrete_inputs(model, input_shapes or {}))
+    open_axes = any(not isinstance(d, int) for v in graph.inputs for d in v.shape or (None,))
+    known = shapes.infer(model) if open_axes else sizes
     const: dict[ir.Value, bool] = {}
     nodes = [n for n in graph if not (n.outputs and all(surgery.is_constant(o, const) for o in n.outputs))]
     reads = {n: tuple(dict.fromkeys(v for v in grouping.reads(n) if not surgery.is_constant(v, const))) for n in nodes}

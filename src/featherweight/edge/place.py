@@ -302,6 +302,8 @@ def _misfits(question: Question, work: Work, row: Row, place_: Place | None, cut
         need = work.file_bytes + work.activation_bytes + (place_.offer.profile.runtime_bytes or 0)
         if need > place_.offer.profile.memory_bytes:
             found.append(f"fits the server: needs {need} B, has {place_.offer.profile.memory_bytes} B")
+    if not question.device.onnxruntime and (cut is not None or place_ is None):
+        found.append(f"runs on the device: ONNX Runtime does not run on {question.device.name}")
     share = question.load.per_second * question.load.peak / question.load.devices * row.device_ms / 1e3
     if share >= 1:
         found.append(f"the device keeps up: busy {share:.0%} of the peak hour; use more devices or a faster one")
