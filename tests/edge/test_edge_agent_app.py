@@ -42,7 +42,9 @@ def operations() -> list[tuple[str, str, Any]]:
 def test_the_description_names_every_route_method_and_status(agent: Agent) -> None:
     described = {(m, p): sorted(map(int, o["responses"])) for m, p, o in operations()}
     assert described == {(r.method, r.path): sorted(r.statuses) for r in agent.service.routes()}
-    assert agent.ask("GET", "/openapi.json", token=None) == (200, DOCUMENT)
+    status, served = agent.ask("GET", "/openapi.json", token=None)
+    assert (status, served["paths"]) == (200, DOCUMENT["paths"])
+    assert served["components"]["schemas"]["MemoryJob"]["properties"]["threads"]["maximum"] == 2
     for _, _, operation in operations():
         assert operation["summary"]
         assert operation["operationId"]
@@ -159,7 +161,7 @@ def test_a_job_asked_again_under_its_id_is_the_same_job(agent: Agent) -> None:
     assert [agent.ask("POST", "/v1/jobs", job)[0] for _ in range(3)] == [202, 200, 200]
     assert agent.ask("POST", "/v1/jobs", {**job, "threads": 2})[0] == 409
     agent.until("ab" * 16, ("done",))
-    assert agent.ask("DELETE", f"/v1/jobs/{'ab' * 16}")[0] == 409
+    assert agent.ask("POST", f"/v1/jobs/{'ab' * 16}/cancel")[0] == 409
 
 
 def test_a_job_whose_files_are_not_here_names_them(agent: Agent) -> None:
@@ -168,7 +170,7 @@ def test_a_job_whose_files_are_not_here_names_them(agent: Agent) -> None:
     assert (status, answer["missing"]) == (409, [NO_HASH, "1" * 64])
     assert agent.ask("GET", f"/v1/jobs/{'0' * 32}")[0] == 404
     assert agent.ask("GET", f"/v1/jobs/{'0' * 32}/events")[0] == 404
-    assert agent.ask("DELETE", f"/v1/jobs/{'0' * 32}")[0] == 404
+    assert agent.ask("POST", f"/v1/jobs/{'0' * 32}/cancel")[0] == 404
 
 
 GOOD: dict[str, Any] = {"kind": "outputs", "model": {"file": NO_HASH}, "feeds": [NO_HASH]}
@@ -190,9 +192,11 @@ WRONG: list[tuple[Any, str]] = [
     ({**GOOD, "feeds": [NO_HASH] * 257}, "feeds"),
     ({**GOOD, "outputs": [""]}, "outputs"),
     ({**GOOD, "outputs": [1]}, "outputs"),
+    ({**GOOD, "outputs": None}, "outputs"),
+    ({**GOOD, "id": None}, "id"),
     ({**GOOD, "threads": 0}, "threads"),
     ({**GOOD, "threads": True}, "threads"),
-    ({**GOOD, "threads": 2.0}, "threads"),
+    ({**GOOD, "threads": 2.5}, "threads"),
     ({**GOOD, "timeout_s": -1}, "timeout_s"),
     ({**GOOD, "timeout_s": 1e9}, "timeout_s"),
     ({**GOOD, "timeout_s": float("inf")}, "timeout_s"),

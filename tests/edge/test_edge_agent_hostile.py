@@ -183,12 +183,12 @@ def test_a_full_queue_says_503_and_jobs_can_be_cancelled(agent: Agent, monkeypat
     status, answer = agent.ask("POST", "/v1/jobs", job)
     assert (status, "2 jobs wait" in answer["error"]) == (503, True)
     assert agent.ask("DELETE", f"/v1/files/{job['feeds'][0]}")[0] == 409
-    assert agent.ask("DELETE", f"/v1/jobs/{waiting[0]['id']}")[1]["state"] == "cancelled"
+    assert agent.ask("POST", f"/v1/jobs/{waiting[0]['id']}/cancel")[1]["state"] == "cancelled"
     assert agent.ask("GET", f"/v1/jobs/{waiting[1]['id']}")[1]["position"] == 1
-    assert agent.ask("DELETE", f"/v1/jobs/{first['id']}")[1]["state"] == "cancelled"
+    assert agent.ask("POST", f"/v1/jobs/{first['id']}/cancel")[1]["state"] == "cancelled"
     agent.until(waiting[1]["id"], ("running",))
     time.sleep(0.5)  # the child is there, and what it does cannot be interrupted politely
-    assert agent.ask("DELETE", f"/v1/jobs/{waiting[1]['id']}")[1]["state"] == "cancelled"
+    assert agent.ask("POST", f"/v1/jobs/{waiting[1]['id']}/cancel")[1]["state"] == "cancelled"
     assert agent.ask("DELETE", f"/v1/files/{job['feeds'][0]}")[0] == 204
 
 

@@ -334,7 +334,7 @@ class RemoteBench:
     def _forget(self, job_id: str) -> None:
         """Nobody waits for this job any more; a device that is gone need not hear it."""
         with contextlib.suppress(RemoteError, Exception):
-            self._link.once("DELETE", f"/v1/jobs/{job_id}")
+            self._link.once("POST", f"/v1/jobs/{job_id}/cancel")
 
     def _outcome(self, job: dict[str, Any]) -> dict[str, Any]:
         if job["state"] == "done":

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 from aiohttp import web
@@ -96,7 +97,7 @@ class Service:
             raise OutputError(f"the work folder {settings.work} cannot be used: {e.strerror or e}") from e
         self._uploads = 0
         self._streams = 0
-        self._document = json.loads(openapi())
+        self._document = _described(settings)
 
     def routes(self) -> tuple[Route, ...]:
         """Every route; statuses that the shared checks give (401, 500) included."""
@@ -115,7 +116,7 @@ class Service:
             Route("POST", "/v1/jobs", self.job_post, (200, 202, 400, 408, 409, 413, 415, 422, 503, *common)),
             Route("GET", "/v1/jobs/{id}", self.job_get, (200, 404, *common)),
             Route("GET", "/v1/jobs/{id}/events", self.job_events, (200, 404, 503, *common)),
-            Route("DELETE", "/v1/jobs/{id}", self.job_cancel, (200, 404, 409, *common)),
+            Route("POST", "/v1/jobs/{id}/cancel", self.job_cancel, (200, 404, 409, *common)),
         )
 
     # -- about the agent -----------------------------------------------------------------------------------
@@ -370,6 +371,18 @@ def make_app(service: Service, *, token: str, idle_s: float = 60.0) -> web.Appli
 def openapi() -> str:
     """Text of the OpenAPI 3.1 document."""
     return (resources.files("featherweight.edge.agent") / "openapi.json").read_text(encoding="utf-8")
+
+
+def _described(settings: Settings) -> dict[str, Any]:
+    """The document with the limits of this agent in it."""
+    document: dict[str, Any] = json.loads(openapi())
+    for name in ("OutputsJob", "LatencyJob", "MemoryJob", "ScoreJob"):
+        fields = document["components"]["schemas"][name]["properties"]
+        fields["threads"]["maximum"] = settings.profile.threads
+        for seconds in ("timeout_s", "time_limit_s"):
+            if seconds in fields:
+                fields[seconds]["maximum"] = settings.max_seconds
+    return document
 
 
 def _closing() -> dict[str, str]:

@@ -70,17 +70,16 @@ def read_job(raw: Any, *, max_seconds: float) -> Asked:
     for name in needed:
         if name not in raw:
             raise RequestError(422, f"a job of kind {kind} needs the field {name!r}")
-    models = tuple((n, _model(n, raw[n])) for n in ("model", "original", "candidate") if raw.get(n) is not None)
+    models = tuple((n, _model(n, raw[n])) for n in ("model", "original", "candidate") if n in raw)
     feeds = (_hash("data", raw["data"]),) if kind == "score" else _list("feeds", raw["feeds"], MAX_FEEDS, _hash)
-    names = raw.get("outputs")
     return Asked(
         kind,
         models,
         feeds,
         threads=_whole("threads", raw.get("threads", 1), MAX_THREADS),
         timeout_s=_seconds("timeout_s", raw.get("timeout_s", max_seconds), max_seconds),
-        id=_matching("id", raw["id"], _ID, "32 hexadecimal digits") if raw.get("id") is not None else None,
-        outputs=None if names is None else _list("outputs", names, MAX_NAMES, _text),
+        id=_matching("id", raw["id"], _ID, "32 hexadecimal digits") if "id" in raw else None,
+        outputs=_list("outputs", raw["outputs"], MAX_NAMES, _text) if "outputs" in raw else None,
         time_limit_s=_seconds("time_limit_s", raw.get("time_limit_s", min(20.0, max_seconds)), max_seconds),
         metric=_metric(raw["metric"]) if kind == "score" else "",
     )
@@ -134,6 +133,8 @@ def _list(field: str, value: Any, most: int, read: Callable[[str, Any], str]) ->
 
 
 def _whole(field: str, value: Any, most: int) -> int:
+    if isinstance(value, float) and value.is_integer():  # 2.0 is a whole number in JSON
+        value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
         raise _wrong(field, f"a whole number from 1 to {most}", value)
     return value
