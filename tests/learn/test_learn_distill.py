@@ -199,3 +199,18 @@ def test_another_interface_is_refused(folder: Path, tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "other.onnx")
     with pytest.raises(ModelError):
         teach(folder, str(tmp_path / "other.onnx"), out=tmp_path / "run")
+
+
+def test_blocks_learn_which_codes_move(folder: Path, tmp_path: Path) -> None:
+    """Learned rounding: whole codes come out, each at most a step from where it was, and the answers are nearer."""
+    network(folder / "eight.onnx", 1, noise=0.2, levels=7)
+    found = teach(folder, "eight.onnx", stages=("layers",), out=tmp_path / "run", max_steps=160, rate=3e-3)
+    assert all(b.after <= b.before for b in found.stages[0].blocks)
+    assert found.after.drop is not None
+    assert found.before.drop is not None
+    assert found.after.drop < found.before.drop
+    before, after = (io.load(p).graph.initializers for p in (folder / "eight.onnx", found.model))
+    moved = [
+        after[n].const_value.numpy().astype(int) - before[n].const_value.numpy() for n in before if n.endswith(".q")
+    ]
+    assert {int(x) for m in moved for x in np.unique(m)} == {-1, 0, 1}

@@ -151,7 +151,7 @@ def _thinned(student: ir.Model, found: Sequence[Pair]) -> list[Pair]:
 
 
 def weights_between(model: ir.Model, places: Sequence[str]) -> list[tuple[str, ...]]:
-    """Names of stored tensors read before the first place, between neighbours, and after the last one."""
+    """Names of constants, stored or computed, read before the first place, between neighbours, and after the last."""
     order = {v.name: i for i, node in enumerate(model.graph) for v in node.outputs}
     cuts = [order[p] for p in places]
     nodes = list(model.graph)
@@ -170,19 +170,14 @@ def weights_between(model: ir.Model, places: Sequence[str]) -> list[tuple[str, .
 
 
 def _roots(value: ir.Value) -> list[str]:
-    """Initializers that a constant is computed from."""
-    todo, found, seen = [value], [], set()
+    """Names of a constant, of what it is computed from, and of all between: a weight kept as codes has its own name."""
+    todo, found = [value], dict.fromkeys([value])
     while todo:
-        v = todo.pop()
-        if v in seen:
-            continue
-        seen.add(v)
-        producer = v.producer()
-        if producer is None:
-            found.append(v.name or "")
-        else:
-            todo.extend(x for x in producer.inputs if x is not None)
-    return found
+        producer = todo.pop().producer()
+        more = [x for x in producer.inputs if x is not None and x not in found] if producer is not None else []
+        found.update(dict.fromkeys(more))
+        todo += more
+    return [v.name or "" for v in found]
 
 
 def blocks(student: ir.Model, places: Sequence[Pair]) -> list[Block]:

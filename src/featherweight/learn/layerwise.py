@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from featherweight.core import Progress
 from featherweight.learn import losses
@@ -23,6 +23,7 @@ from featherweight.learn.blocks import Block
 from featherweight.learn.execute import Executor
 from featherweight.learn.losses import Projection
 from featherweight.learn.result import Block as BlockDone
+from featherweight.learn.rounding import Rounding
 from featherweight.learn.teacher import Lessons, as_tensors
 from featherweight.learn.training import Check, Keeper, Outcome, Recipe, Trainer, Work
 
@@ -32,6 +33,8 @@ FILES_BYTES = 4 << 30
 CHECK_SHARE = 8
 #: Times that the data are drawn (augmented differently each time).
 VIEWS = 2
+#: Weight of the penalty on moves that are not whole, relative to the error of the block.
+PENALTY = 0.1
 
 
 @dataclass(frozen=True)
@@ -119,24 +122,25 @@ def train_blocks(
     first = 0 if start is None else start[0]
     results, outcomes = [], []
     for k, block in enumerate(job.blocks):
-        segment = job.executor.segment(block.starts, [block.end.student])
         if k >= first:
             share = job.costs[k] / max(math.fsum(job.costs[k:]), 1e-12)
-            work = _work(job, block, segment, files, k)
-            if work is not None:
+            taught = _Taught(job, block, files, k)
+            if taught.parameters:
                 trainer = Trainer(
-                    work, job.recipe, seconds=max((seconds - clock()) * share, 0.0),
+                    taught.work(), job.recipe, seconds=max((seconds - clock()) * share, 0.0),
                     keeper=keeper(k) if keeper else None, progress=progress,
                     name=f"block {k + 1} of {len(job.blocks)}", stop=stop,
                 )  # fmt: skip
                 if start is not None and k == first:
                     trainer.resume(start[1], start[2])
                 outcome = trainer.run()
+                taught.rounding.settle()
                 best = min(p.check for p in outcome.curve)
                 results.append(BlockDone(block.end.student, outcome.curve[0].check, best, outcome.steps))
                 outcomes.append(outcome)
                 if outcome.interrupted:
                     break
+        segment = job.executor.segment(block.starts, [block.end.student])
         _advance(files, block, segment, job.blocks[k + 1].starts if k + 1 < len(job.blocks) else ())
     shutil.rmtree(folder, ignore_errors=True)
     return results, outcomes
@@ -163,39 +167,58 @@ def _advance(
         files.put("ours", i, made)
 
 
-def _work(
-    job: Blockwise, block: Block, segment: Callable[[Mapping[str, Tensor]], dict[str, Tensor]], files: Files, k: int
-) -> Work | None:
-    """The training of one block; None where it has nothing to train."""
-    known = job.executor.parameters_by_name()
-    parameters: dict[str, nn.Parameter] = {n: known[n] for n in block.weights if n in known}
-    if not parameters:
-        return None
-    ours, theirs = block.end.student, block.end.teacher
-    checked = [i for i in range(files.n) if i % CHECK_SHARE == CHECK_SHARE - 1] or [files.n - 1]
-    trained = [i for i in range(files.n) if i not in checked] or [0]
-    projection = None if block.end.axis is None else Projection(block.end.axis)
-    if projection is not None:
-        with torch.no_grad():
-            made = segment(_starts(files, block.starts, trained[0]))[ours]
-        projection.fit(made, files.get("theirs", trained[0], [theirs])[theirs])
+class _Taught:
+    """One block in training: its loss on a micro-batch, with learned rounding where its codes lie on even grids."""
 
-    def loss(i: int) -> Tensor:
-        made = segment(_starts(files, block.starts, i))[ours]
-        wanted = files.get("theirs", i, [theirs])[theirs]
-        return losses.relative(made if projection is None else projection(made), wanted)
+    def __init__(self, job: Blockwise, block: Block, files: Files, k: int) -> None:
+        known = job.executor.parameters_by_name()
+        self._job, self._block, self._files, self._k = job, block, files, k
+        self.rounding = Rounding(job.executor, block.weights)
+        self.parameters = {n: known[n] for n in block.weights if n in known and n not in self.rounding.names}
+        self.parameters |= self.rounding.parameters()
+        self._plain = job.executor.segment(block.starts, [block.end.student])
+        self._segment = self._plain
+        if self.rounding:
+            self._segment = job.executor.segment([*block.starts, *self.rounding.values], [block.end.student])
+        self._checked = [i for i in range(files.n) if i % CHECK_SHARE == CHECK_SHARE - 1] or [files.n - 1]
+        self._trained = [i for i in range(files.n) if i not in self._checked] or [0]
+        self._projection = None if block.end.axis is None else Projection(block.end.axis)
+        if self._projection is not None:
+            with torch.no_grad():
+                made = self._plain(_starts(files, block.starts, self._trained[0]))[block.end.student]
+            self._projection.fit(made, self._wanted(self._trained[0]))
+        self._penalty = 0.0
 
-    def of_step(step: int) -> Iterator[Callable[[], Tensor]]:
-        epoch, at = divmod(step, len(trained))
-        order = np.random.default_rng([job.seed, 3, k, epoch]).permutation(len(trained))
-        yield lambda: loss(trained[order[at]])
+    def work(self) -> Work:
+        """What the trainer needs."""
+        units = {n: self._job.units[n] for n in self.parameters if n in self._job.units} | self.rounding.units()
+        fixed = {}
+        if self._projection is not None and self._projection.weight is not None:
+            fixed[self._block.end.student] = self._projection.weight
+        return Work(self.parameters, units, self._losses, self._check, fixed)
+
+    def _wanted(self, i: int) -> Tensor:
+        return self._files.get("theirs", i, [self._block.end.teacher])[self._block.end.teacher]
+
+    def _loss(self, i: int, *, hard: bool) -> Tensor:
+        feeds = _starts(self._files, self._block.starts, i)
+        made = self._segment(feeds | (self.rounding.weights(hard=hard) if self.rounding else {}))
+        answer = made[self._block.end.student]
+        return losses.relative(answer if self._projection is None else self._projection(answer), self._wanted(i))
+
+    def _losses(self, step: int, done: float) -> Iterator[Callable[[], Tensor]]:
+        epoch, at = divmod(step, len(self._trained))
+        order = np.random.default_rng([self._job.seed, 3, self._k, epoch]).permutation(len(self._trained))
+
+        def loss() -> Tensor:
+            fit = self._loss(self._trained[order[at]], hard=False)
+            return fit + PENALTY * fit.detach() * self.rounding.penalty(done) if self.rounding else fit
+
+        yield loss
 
     @torch.no_grad()
-    def check() -> Check:
-        return Check(math.fsum(float(loss(i)) for i in checked) / len(checked))
-
-    fixed = {} if projection is None or projection.weight is None else {ours: projection.weight}
-    return Work(parameters, {n: job.units[n] for n in parameters}, of_step, check, fixed)
+    def _check(self) -> Check:
+        return Check(math.fsum(float(self._loss(i, hard=True)) for i in self._checked) / len(self._checked))
 
 
 __all__ = ["Blockwise", "train_blocks"]

@@ -297,7 +297,7 @@ class Run:
             self.student.recompute_between(cuts, [*reads, last])
         work = Work(
             self.student.parameters(), self._units,
-            lambda step: steps_of(lessons, self._matching, step), self._check, self._matching.fixed,
+            lambda step, _done: steps_of(lessons, self._matching, step), self._check, self._matching.fixed,
         )  # fmt: skip
         recipe = Recipe(self.asked.rate or RATE_END, ema=self.asked.ema, most_steps=self.asked.max_steps)
         trainer = Trainer(

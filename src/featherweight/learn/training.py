@@ -44,14 +44,15 @@ class Check:
 class Work:
     """What is trained.
 
-    `parameters` and `units` by name (see `optimiser.Adam`); `losses(step)` gives the micro-batches of a step, each a
-    function that returns a loss, already weighted so that their gradients add up; `check` looks at validation data.
-    `fixed`: tensors that were solved for before the first step; a checkpoint keeps them and gives them back in place.
+    `parameters` and `units` by name (see `optimiser.Adam`). `losses(step, done)` gives the micro-batches of a step
+    (`done`: share of the schedule, 0..1), each a function that returns a loss, already weighted so that their gradients
+    add up. `check` looks at validation data. `fixed`: tensors that were solved for before the first step; a checkpoint
+    keeps them and gives them back in place.
     """
 
     parameters: Mapping[str, nn.Parameter]
     units: Mapping[str, Tensor]
-    losses: Callable[[int], Iterator[Callable[[], Tensor]]]
+    losses: Callable[[int, float], Iterator[Callable[[], Tensor]]]
     check: Callable[[], Check]
     fixed: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -258,7 +259,8 @@ class Trainer:
         state, adam = self._state, self._adam
         adam.zero()
         total = 0.0
-        for loss_of in self._work.losses(state.step):
+        done = state.schedule.done(state.step) if state.schedule else 0.0
+        for loss_of in self._work.losses(state.step, done):
             loss = loss_of()
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
