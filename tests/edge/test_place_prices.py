@@ -50,6 +50,16 @@ def test_serverless_as_in_the_vendors_own_example(tmp_path: Path) -> None:
     assert money.requests == pytest.approx(0.40)
 
 
+def test_without_the_free_shares_every_call_is_paid(tmp_path: Path) -> None:
+    found = offer(
+        tmp_path, kind="serverless", memory_gb=0.5, per_gb_s=0.00001667, per_million_requests=0.2, free_gb_s=400_000,
+        free_requests=1_000_000,
+    )  # fmt: skip
+    found = prices.without_free(found)
+    money = prices.month(found, requests=3e6, busy_ms=1000, down_bytes=0, servers=0, per_kwh=0)
+    assert money.total == pytest.approx(1.5e6 * 0.00001667 + 0.6)
+
+
 def test_serverless_rounds_each_call_up(tmp_path: Path) -> None:
     found = offer(tmp_path, kind="serverless", memory_gb=1, vcpus=2, per_vcpu_s=0.001, round_ms=100)
     money = prices.month(found, requests=1000, busy_ms=101, down_bytes=0, servers=0, per_kwh=0)

@@ -50,6 +50,13 @@ from featherweight.quantities import parse_count
     help="Your own prices (docs/place.md).",
 )
 @option(
+    "--free-shares/--no-free-shares",
+    default=True,
+    show_default=True,
+    section="Target",
+    help="Count what clouds give free each month, as if nothing else used it.",
+)
+@option(
     "--requests",
     required=True,
     type=options.Quantity("count", parse_count),

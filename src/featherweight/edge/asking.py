@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,7 @@ def place(
     price_files: Sequence[Path] = (),
     measured: Mapping[str, str | float] | None = None,
     not_private: Sequence[str] = (),
+    free_shares: bool = True,
 ) -> Asked:
     """Compare where a model can run: device, edge server, own server, clouds, and the best splits.
 
@@ -79,12 +81,15 @@ def place(
         wire: how what the device has computed is sent.
         goal: what is best; None: cost if latency is limited, else latency.
         measured: milliseconds of a whole call by "PLACE" or "PLACE/MODEL" ("device": "12ms").
+        free_shares: count what a cloud gives free each month, as if nothing else used it.
         not_private: inputs that need not be protected by `rules.data_stays`.
 
     Raises:
         DataError: an unknown profile, offer or link, or a bad file; BudgetError: a bad quantity.
     """
     table = prices.load(price_files)
+    if not free_shares:
+        table = dataclasses.replace(table, offers={n: prices.without_free(o) for n, o in table.offers.items()})
     rules = rules or Rules()
     places = _places(table, _link(link), _link(edge_link), _link(onprem_link or link), edge, onprem, clouds)
     works = placing.models(

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from featherweight.core import Progress, Silent
 from featherweight.edge import prices
 from featherweight.edge.links import Link
-from featherweight.edge.place import Placement, Question, Row, all_rows, decide, with_devices
+from featherweight.edge.place import Placement, Question, Row, all_rows, decide, place_breaks, with_devices
 from featherweight.edge.queueing import servers_needed
+from featherweight.errors import DataError
 
 LEAST, MOST = 1.0, 1e10
 _POINTS = 400
@@ -123,10 +124,13 @@ def _cost(question: Question, row: Row) -> Callable[[float], float]:
 def winners(question: Question, *, size: int = 25, progress: Progress | None = None) -> Winners:
     """The best option over uplink and load: both a factor of 100 either way; down goes with up.
 
-    The public links are varied; where there is none, all.
+    The public links are varied; where the rules leave none of them, those inside the site.
     """
     progress = progress or Silent()
-    varied = [p for p in question.places if p.link.public] or list(question.places)
+    allowed = [p for p in question.places if not place_breaks(question.rules, p.zone)] or list(question.places)
+    varied = [p for p in allowed if p.link.public] or allowed
+    if not varied:
+        raise DataError("a chart over bandwidth needs at least one server, but none was asked for")
     base = varied[0].link
     uplinks = tuple(base.up_mbit_s * 10 ** (4 * k / (size - 1) - 2) for k in range(size))
     loads = tuple(question.load.requests_a_month * 10 ** (4 * k / (size - 1) - 2) for k in range(size))

@@ -113,7 +113,7 @@ def _proved(
 ) -> bool:  # fmt: skip
     """True if the rules a split breaks are broken by every cut: by where it goes, or by a bound below all cuts."""
     rules, limit = question.rules, question.rules.max_latency_ms
-    if _place_breaks(rules, place_.zone) or (rules.features_stay and _raw_must_stay(rules, place_.zone)):
+    if place_breaks(rules, place_.zone) or (rules.features_stay and _raw_must_stay(rules, place_.zone)):
         return True
     if math.isinf(tried.least_ms):
         return True  # each cut sends something that must stay
@@ -259,7 +259,7 @@ def _raw_must_stay(rules: Rules, zone: Zone) -> bool:
     return (rules.data_stays == "device" and zone != "device") or (rules.data_stays == "site" and zone == "outside")
 
 
-def _place_breaks(rules: Rules, zone: Zone) -> bool:
+def place_breaks(rules: Rules, zone: Zone) -> bool:
     """True if the place alone breaks the rule on networks."""
     return (rules.offline == "any" and zone != "device") or (rules.offline == "internet" and zone == "outside")
 
@@ -273,7 +273,7 @@ def _breaks(question: Question, work: Work, row: Row, place_: Place | None, cut:
         if raw or rules.features_stay:
             what = ", ".join(raw[:3]) if raw else "features"
             found.append(f"data stays on the {rules.data_stays}: {what} would leave over {place_.link.name}")
-    if _place_breaks(rules, zone) and place_ is not None:
+    if place_breaks(rules, zone) and place_ is not None:
         need = "any network" if rules.offline == "any" else "the internet"
         found.append(f"works without {need}: needs {place_.link.name}")
     if rules.max_latency_ms is not None and row.p95_ms > rules.max_latency_ms:

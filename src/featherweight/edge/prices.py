@@ -127,6 +127,11 @@ def month(offer: Offer, *, requests: float, busy_ms: float, down_bytes: float, s
     )
 
 
+def without_free(offer: Offer) -> Offer:
+    """The same offer without the free shares of a month: for who uses them up elsewhere."""
+    return dataclasses.replace(offer, free_gb_s=0.0, free_vcpu_s=0.0, free_requests=0.0, egress_free_gb=0.0)
+
+
 def cold_share(offer: Offer, per_second: float) -> float:
     """Share of requests that find a serverless function cold: Poisson gaps longer than `keep_warm_s`."""
     if offer.kind != "serverless" or offer.cold_ms <= 0:

@@ -69,11 +69,11 @@ def shapes(won: Winners) -> list[Shape]:
         for c, winner in enumerate(line):
             colour = NOBODY if winner < 0 else COLOURS[winner % len(COLOURS)]
             tip = "nothing keeps the rules" if winner < 0 else won.options[winner]
-            tip = f"{won.uplinks[c]:.3g} Mbit/s, {format_count(won.loads[r])} a month: {tip}"
+            tip = f"{_plain(won.uplinks[c])} Mbit/s, {format_count(won.loads[r])} a month: {tip}"
             made.append(Box(LEFT + c * width, bottom - (r + 1) * height, width + 0.3, height + 0.3, colour, tip))
     made.append(Box(LEFT, TOP, right - LEFT, bottom - TOP, "", line=DIM))
     for c in range(0, columns, max(1, (columns - 1) // 4)):
-        made.append(Words(LEFT + (c + 0.5) * width, bottom + 18, f"{won.uplinks[c]:.3g}", DIM, "middle"))
+        made.append(Words(LEFT + (c + 0.5) * width, bottom + 18, _plain(won.uplinks[c]), DIM, "middle"))
     for r in range(0, rows, max(1, (rows - 1) // 4)):
         made.append(Words(LEFT - 8, bottom - (r + 0.5) * height + 4, format_count(won.loads[r]), DIM, "end"))
     made.append(Words((LEFT + right) / 2, HEIGHT - 14, f"uplink of {won.link}, Mbit/s", DIM, "middle"))
@@ -87,6 +87,11 @@ def shapes(won: Winners) -> list[Shape]:
 def _place(values: tuple[float, ...], value: float) -> float:
     """Where a value lies among those of an axis, which grow by a constant factor."""
     return math.log(value / values[0]) / math.log(values[-1] / values[0]) * (len(values) - 1)
+
+
+def _plain(value: float) -> str:
+    """Three digits, never an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _legend(won: Winners, x: float) -> list[Shape]:
