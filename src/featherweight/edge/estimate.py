@@ -147,8 +147,6 @@ FEATURES: dict[str, Callable[[tuple[int, ...], int], npt.NDArray[np.float64]]] =
     "gather": _rows,
 }
 """Kinds with several sizes and what their time is a sum of; all others have one size, the elements."""
-DIMS = {"matmul": 3, "conv1x1": 3, "conv": 5, "conv_first": 5, "conv_plain": 5, "depthwise": 4, "attention": 4,
-        "lstm": 4, "gru": 4, "softmax": 2, "layernorm": 2, "gather": 2}  # fmt: skip
 
 
 class _Fit:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import onnx_ir as ir
 
 from featherweight.edge.work import Executed, Tensor
@@ -166,4 +167,11 @@ def _quantized_after(node: ir.Node) -> bool:
     after = _only_reader(node)
     if after is not None and after.op_type in ("Relu", "Clip"):
         after = _only_reader(after)
+        return after is not None and after.op_type == "QuantizeLinear" and _starts_at_zero(after)
     return after is not None and after.op_type == "QuantizeLinear"
+
+
+def _starts_at_zero(quantize: ir.Node) -> bool:
+    """True if its least code stands for 0, so that it cuts off what an activation before it does."""
+    zero = surgery.constant(quantize.inputs[2]) if len(quantize.inputs) > 2 else None
+    return zero is None or bool((zero == np.iinfo(zero.dtype).min).all())

@@ -22,7 +22,7 @@ _SLOW = {"Erf": "erf", "Gelu": "erf", "BiasGelu": "erf", "FastGelu": "tanh", "Ta
          "DequantizeLinear": "quantize", "DynamicQuantizeLinear": "quantize_dynamic"}  # fmt: skip
 _COPIES = frozenset({"Concat", "Slice", "Split", "Pad", "Expand", "Tile", "Gather", "GatherElements", "GatherND",
                      "Where", "ReorderInput", "ReorderOutput", "DepthToSpace", "SpaceToDepth"})  # fmt: skip
-_REDUCES = ("Reduce", "GlobalAveragePool", "GlobalMaxPool", "ArgM", "QLinearGlobalAveragePool")
+_REDUCES = ("Reduce", "GlobalAveragePool", "GlobalMaxPool", "ArgM")
 _NORMS = frozenset({"LayerNormalization", "SkipLayerNormalization", "SimplifiedLayerNormalization",
                     "SkipSimplifiedLayerNormalization", "RMSNormalization", "InstanceNormalization",
                     "GroupNormalization", "BatchNormalization", "LpNormalization"})  # fmt: skip
@@ -223,19 +223,20 @@ def _moving(op: Executed) -> Work:
     x, y = (op.inputs[0] if op.inputs else op.outputs[0]), op.outputs[0]
     most = max((t.size for t in (*op.inputs[:2], *op.outputs)), default=1)
     kind, precision, size = "mul", FLOAT, most
-    if op.op_type in _SLOW:
-        kind, size = _SLOW[op.op_type], y.size
-    elif op.op_type == "Transpose":
+    name = op.op_type.removeprefix("QLinear")
+    if name in _SLOW:
+        kind, size = _SLOW[name], y.size
+    elif name == "Transpose":
         # Rows that stay together are copied whole; else every element goes its own way.
         kind, size = ("transpose_rows" if x.shape[-1:] == y.shape[-1:] else "transpose"), y.size
-    elif op.op_type in _COPIES:
+    elif name in _COPIES:
         kind, size = "copy", max(sum(t.size for t in op.outputs), 1)
-    elif op.op_type.startswith(_REDUCES):
+    elif name.startswith(_REDUCES):
         across = x.shape and y.shape and x.shape[-1] == y.shape[-1] > 1
         kind, size = ("reduce_columns" if across else "reduce"), x.size
-    elif op.op_type in ("Resize", "Upsample"):
+    elif name in ("Resize", "Upsample"):
         kind, size = "resize", y.size
-    elif len(op.inputs) > 1 and op.op_type in ("Add", "Sub", "Sum", "QLinearAdd"):
+    elif len(op.inputs) > 1 and name in ("Add", "Sub", "Sum"):
         kind = "add"
     if x.dtype in ("uint8", "int8") and kind in ("add", "mul", "sigmoid", "reduce"):
         precision = INTEGER

@@ -212,7 +212,8 @@ def headline(original: Measurement, result: Measurement) -> str:
     parts.append("same size" if size.endswith("the same") else size.partition(", ")[2])
     if result.latency_ratio is not None:
         speed = change_words(1.0, result.latency_ratio, "faster", "slower")
-        parts.append("same latency" if speed.endswith("the same") else speed.partition(", ")[2])
+        said = "" if result.latency_from == "measured" else f" ({result.latency_from})"
+        parts.append(("same latency" if speed.endswith("the same") else speed.partition(", ")[2]) + said)
     drop = drop_words(result)
     if drop:
         parts.append(f"{result.metric_name} {drop}")

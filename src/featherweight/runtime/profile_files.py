@@ -16,6 +16,9 @@ PROFILE_SCHEMA = 2
 OLDEST_SCHEMA = 1
 PRECISIONS = ("float32", "float16", "int8", "int4")
 MAX_KERNELS = 20_000
+KERNEL_DIMS = {"matmul": 3, "conv1x1": 3, "conv": 5, "conv_first": 5, "conv_plain": 5, "depthwise": 4, "attention": 4,
+               "lstm": 4, "gru": 4, "softmax": 2, "layernorm": 2, "gather": 2}  # fmt: skip
+"""Kinds of kernels with several dims; all others have one, the elements."""
 _SCHEMA_1 = ("name", "arch", "threads", "memory_bytes", "int8_dot", "cpu_flags", "provider", "measured")
 _REQUIRED = ("name", "arch", "threads", "memory_bytes", "int8_dot")
 
@@ -55,7 +58,12 @@ def profile_from_json(text: str, *, where: str = "the profile") -> Profile:
     missing = [name for name in _REQUIRED if name not in values]
     if unknown or missing:
         raise DataError(f"{where}: fields must be {sorted(known)}, but {unknown=} and {missing=}")
-    return Profile(**{name: _read(where, name, value) for name, value in values.items()})
+    profile = Profile(**{name: _read(where, name, value) for name, value in values.items()})
+    for kernel in profile.kernels:
+        count = KERNEL_DIMS.get(kernel.kind, 1)
+        if len(kernel.dims) != count:
+            raise DataError(f"{where}: a kernel of kind {kernel.kind} has {count} dims, but got {list(kernel.dims)}")
+    return profile
 
 
 def _read(where: str, name: str, value: Any) -> Any:
