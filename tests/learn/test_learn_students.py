@@ -302,3 +302,54 @@ def test_a_function_may_return_an_onnx_model(tmp_path, monkeypatch):
 def test_spread_keeps_both_ends():
     assert [narrow.spread(6, k) for k in (1, 2, 3, 6)] == [(0,), (0, 5), (0, 2, 5), (0, 1, 2, 3, 4, 5)]
     assert all(len(set(narrow.spread(n, k))) == k for n in range(1, 40) for k in range(1, n + 1))
+
+
+TORCH_STUDENT = """
+import torch
+
+class Small(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, pixels):
+        return self.inner(pixels).relu()
+
+def module():
+    torch.manual_seed(0)
+    return Small().eval()
+
+def wrong():
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(288, 5)).eval()
+"""
+
+
+def test_a_function_may_return_a_torch_module_which_takes_the_teachers_names(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    teacher = residual(tmp_path / "t.onnx")
+    (tmp_path / "torch_student_maker.py").write_text(TORCH_STUDENT)
+    monkeypatch.chdir(tmp_path)
+    made = make_student(teacher, "torch_student_maker:module", tmp_path / "s.onnx")
+    session = ort.session(made.path)
+    assert [i.name for i in session.inputs] == ["x"]
+    assert [o.name for o in session.outputs] == ["x2"]
+    fed = np.random.default_rng(0).standard_normal((3, 8, 6, 6)).astype(np.float32)
+    module = sys.modules["torch_student_maker"].module()
+    with torch.no_grad():
+        expected = module(torch.from_numpy(fed)).numpy()
+    np.testing.assert_allclose(run(made.path, {"x": fed}), expected, atol=1e-5)
+    with pytest.raises(ModelError, match="'x2' must be FLOAT"):
+        make_student(teacher, "torch_student_maker:wrong", tmp_path / "w.onnx")
+    assert not (tmp_path / "w.onnx").exists()
+
+
+def test_an_exported_program_may_be_the_student(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    teacher = residual(tmp_path / "t.onnx")
+    space: dict = {}
+    exec(compile(TORCH_STUDENT, "student", "exec"), space)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(space["module"](), (torch.zeros(2, 8, 6, 6),), dynamic_shapes=({0: batch},))
+    torch.export.save(program, tmp_path / "given.pt2")
+    made = make_student(teacher, str(tmp_path / "given.pt2"), tmp_path / "s.onnx")
+    assert run(made.path, {"x": np.zeros((3, 8, 6, 6), np.float32)}).shape == (3, 8, 6, 6)

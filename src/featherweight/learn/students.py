@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,13 +142,14 @@ def _converted(teacher: ir.Model, source: Any, out: Path) -> Made:
         what = str(source) if isinstance(source, Path) else f"a {type(source).__name__}"
         raise ModelError(f"--student must be {FORMS}; but got {what}")
     examples = None if isinstance(source, Path) else _examples(teacher)
-    converted = convert.to_onnx(source, out, example_inputs=examples)
-    student = io.load(converted.path)
-    _rename(teacher.graph.inputs, student.graph.inputs)
-    _rename(teacher.graph.outputs, student.graph.outputs)
-    _same_interface(teacher, student, str(source) if isinstance(source, Path) else "the student")
-    io.save(student, out)
-    return Made(out, tuple(converted.notes))
+    with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
+        converted = convert.to_onnx(source, Path(folder) / "student.onnx", example_inputs=examples)
+        student = io.load(converted.path)
+        _rename(teacher.graph.inputs, student.graph.inputs)
+        _rename(teacher.graph.outputs, student.graph.outputs)
+        _same_interface(teacher, student, str(source) if isinstance(source, Path) else "the student")
+        io.save(student, out)
+    return Made(out, (Note("student", converted.line), *converted.notes))
 
 
 def _examples(teacher: ir.Model) -> tuple[Any, ...]:
