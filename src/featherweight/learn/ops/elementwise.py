@@ -134,6 +134,8 @@ def where(_call: Call) -> Kernel:
 def clip_attributes(call: Call) -> Kernel:
     """Limits as attributes, before opset 11."""
     low, high = call.real("min", -math.inf), call.real("max", math.inf)
+    if math.isfinite(low) and math.isfinite(high) and low < high:
+        return lambda x: functional.hardtanh(x, low, high)
     return lambda x: torch.clamp(x, low, high)
 
 
@@ -149,6 +151,9 @@ def clip(call: Call) -> Kernel:
             return lambda x, *_: torch.relu(x)
         if low is not None and high is not None and low > high:
             return lambda x, *_: torch.full_like(x, high)
+        if low is not None and high is not None:
+            # One fused kernel for the gradient, where clamp takes several.
+            return lambda x, *_: functional.hardtanh(x, low, high) if x.is_floating_point() else x.clamp(low, high)
         return lambda x, *_: torch.clamp(x, low, high)
 
     def run(x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
