@@ -48,7 +48,7 @@ def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
         assert agent.alive()
         ended = [job["state"] for job in agent.ask("GET", "/v1/jobs")[1]["jobs"]]
-        assert "done" in ended, "no job of those made ran"
+        assert {"done", "failed"} & set(ended), "no job of those made ran"
         said = agent.log.getvalue()
         assert TOKEN not in said
         assert str(tmp_path) not in said

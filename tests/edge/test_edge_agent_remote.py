@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import http.server
+import ipaddress
 import json
 import socket
 import threading
@@ -22,7 +24,7 @@ import agent_helpers
 from agent_helpers import PROFILE, TOKEN, Agent, greedy, model, running
 
 from featherweight import data as fwdata
-from featherweight.edge import _link, remote
+from featherweight.edge import _link, access, remote
 from featherweight.edge.agent import jobs
 from featherweight.errors import DataError, FeatherweightError, RemoteError, RunError
 from featherweight.runtime import evaluate as ev
@@ -216,6 +218,51 @@ def test_an_address_that_is_none_is_told(url: str, words: str) -> None:
 
 def test_nobody_there_is_told() -> None:
     assert "featherweight agent" in refused(f"http://127.0.0.1:{free_port()}")
+
+
+def test_certificates_are_checked_and_wrong_schemes_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cert, key = certificate(tmp_path, "mine")
+    other, _ = certificate(tmp_path, "other")
+    with running(tmp_path / "work", tls=access.server_tls(cert, key)) as agent:
+        with remote.connect(agent.url, None, let_in=remote.Access(token=TOKEN, ca=cert)) as bench:
+            assert not any("encrypted" in note.text for note in bench.notes())
+        for ca in (None, other):
+            words = refused(agent.url, remote.Access(token=TOKEN, ca=ca))
+            assert "not trusted" in words
+            assert "--target-ca" in words
+        name = agent.url.replace("127.0.0.1", "localhost")  # the certificate is for the address alone
+        assert "not trusted" in refused(name, remote.Access(token=TOKEN, ca=cert))
+        assert "https://" in refused(agent.url.replace("https", "http"))
+    with running(tmp_path / "work") as agent:
+        assert "http://" in refused(agent.url.replace("http", "https"))
+    with pytest.raises(FeatherweightError, match="authorities"):
+        remote.connect("https://127.0.0.1:1", None, let_in=remote.Access(token=TOKEN, ca=key))
+
+
+def certificate(folder: Path, name: str) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 that signs itself, and its key."""
+    x509 = pytest.importorskip("cryptography.x509")
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    now = datetime.datetime.now(datetime.UTC)
+    called = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    made = (
+        x509.CertificateBuilder().subject_name(called).issuer_name(called).public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), True).sign(key, hashes.SHA256())
+    )  # fmt: skip
+    paths = folder / f"{name}.pem", folder / f"{name}.key"
+    paths[0].write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    paths[1].write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+    )  # fmt: skip
+    return paths
 
 
 def test_another_version_and_another_service_are_told() -> None:
