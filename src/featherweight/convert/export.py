@@ -64,7 +64,9 @@ def convert(source: Source, out: Path, dynamic: Any) -> tuple[verify.Check, tupl
     notes = list(source.notes)
     model, closed = traced.export(wanted)
     try:
-        return _written(traced, model, wanted, out), tuple(notes)
+        check = _written(traced, model, wanted, out)
+        if all(len({s[label] for s in check.sizes}) > 1 for _, _, label in closed):
+            return check, tuple(notes)
     except (verify.DifferentError, RunError):
         if not closed:
             raise
@@ -126,16 +128,19 @@ class _Traced:
     def export(self, axes: fw_axes.Axes) -> tuple[ir.Model, list[tuple[str, int, str]]]:
         """The tidy ONNX model and the axes (input, axis, name) that were to be open but are not."""
         label = self.source.label
+        buffers = [] if self.source.module is None else list(self.source.module.named_buffers())
+        kept = [(name, b, b.clone(), b._version) for name, b in buffers]
         try:
             outputs = [name for name, _ in self.call([t for _, t in self.inputs])]
         except ModelError:
             raise
         except Exception as e:
             raise DataError(f"{label} does not run on its example inputs: {causes.first_line(e)}") from e
+        _check_buffers(kept, label)
         try:
             with quiet(), torch.no_grad():
                 program = self.source.program or self._program(axes)
-                _check_state(program, label)
+                _check_state(program, label, exported=self.source.program is not None)
                 made = torch.onnx.export(
                     program, dynamo=True, verbose=False, optimize=False, custom_translation_table=attention.plain()
                 )
@@ -257,23 +262,39 @@ def _first_names(source: Source, program: torch.export.ExportedProgram) -> dict[
     }
 
 
+def _check_buffers(kept: Sequence[tuple[str, torch.Tensor, torch.Tensor, int]], label: str) -> None:
+    """Refuse a module that changes its buffers when run, and put them back."""
+    changed = [(name, b, before) for name, b, before, version in kept if b._version != version]
+    for _, buffer, before in changed:
+        buffer.copy_(before)
+    if changed:
+        raise _keeps_state(label, changed[0][0])
+
+
+def _keeps_state(label: str, buffer: str) -> ModelError:
+    return ModelError(
+        f"{label} changes its buffer {buffer!r} at each call, but an ONNX graph keeps no state; "
+        "make it an input and an output"
+    )
+
+
 _TRAINING = {"aten.dropout": 2, "aten.feature_dropout": 2, "aten.alpha_dropout": 2, "aten.batch_norm": 5}
 
 
-def _check_state(program: torch.export.ExportedProgram, label: str) -> None:
+def _check_state(program: torch.export.ExportedProgram, label: str, *, exported: bool) -> None:
     """Refuse what an inference graph cannot hold: training behaviour, and buffers that change from call to call."""
     for node in program.graph.nodes:
         place = _TRAINING.get(str(node.target).rpartition(".")[0])
         if place is not None and len(node.args) > place and node.args[place] is True:
-            raise ModelError(
-                f"{label} was exported in training mode ({node.target}); call module.eval() before torch.export.export"
+            way = (
+                f"was exported in training mode ({node.target}); call module.eval() before torch.export.export"
+                if exported
+                else f"trains even in eval mode ({node.target}); pass it training=self.training"
             )
+            raise ModelError(f"{label} {way}")
     changed = [str(b) for b in program.graph_signature.buffers_to_mutate.values()]
     if changed:
-        raise ModelError(
-            f"{label} changes its buffer {changed[0]!r} at each call, but an ONNX graph keeps no state; "
-            "make it an input and an output"
-        )
+        raise _keeps_state(label, changed[0])
 
 
 @contextlib.contextmanager

@@ -16,9 +16,14 @@ def need_torch(what: str) -> None:
     _need(what, "torch", ("torch", "onnxscript"))
 
 
+def need_transformers(what: str) -> None:
+    """The same for what reads a Hugging Face folder; imports nothing."""
+    _need(what, "huggingface", ("torch", "onnxscript", "transformers", "safetensors"))
+
+
 def transformers(what: str) -> Any:
     """The package transformers, set to stay off the network. Raises MissingExtraError."""
-    _need(what, "huggingface", ("torch", "onnxscript", "transformers", "safetensors"))
+    need_transformers(what)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     return importlib.import_module("transformers")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from featherweight.convert import extras
 from featherweight.convert.door import Converted, is_convertible, to_onnx
 from featherweight.core import Note, Progress, Silent
 from featherweight.errors import DataError, OutputError
@@ -86,6 +87,11 @@ def convert_file(
 ) -> Converted:
     """`to_onnx` of a path in a child process, whose memory is given back and whose crash is an error."""
     (progress or Silent()).start("converting to ONNX")
+    path = Path(source)
+    if path.is_dir():
+        extras.need_transformers(f"reading {path}")
+    elif path.exists():
+        extras.need_torch(f"reading {path}")
     with Worker() as worker:
         return worker.call(
             _in_child, str(source), str(out), dynamic, trust, doing=f"converting {Path(source).name or source}"
