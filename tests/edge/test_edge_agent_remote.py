@@ -319,7 +319,7 @@ def test_a_restarted_agent_gets_its_job_again(
         def watched(job_id: str, progress: Any) -> Any:
             times.append(job_id)
             if len(times) == 1:
-                before.service.jobs.submit = None  # type: ignore[assignment, method-assign]
+                before.service.jobs.submit = None
                 first.close()
                 second = running(tmp_path / "work", port=port)
                 first.enter_context(second)
