@@ -67,14 +67,23 @@ class Predicting:
         time_limit_s: float = 20.0,  # noqa: ARG002
     ) -> LatencyResult:
         """Predicted for both; the interval is the ratio itself, for a prediction has no spread of its own."""
-        first, second = (
-            sum(latency_of_file(path, self._device, one, worker=self._worker).ms for one in feeds) / len(feeds)
-            for path in (original, candidate)
-        )
+        first = self._mean_ms(original, feeds)
+        second = first if candidate == original else self._mean_ms(candidate, feeds)
         ratio = second / first
         return LatencyResult(
             first, second, first, second, first, second, ratio, Interval(ratio, ratio), 0, self._device.threads, ()
         )
+
+    def _mean_ms(self, path: str | Path, feeds: Sequence[Feeds]) -> float:
+        """Mean over the feeds; those of the same shapes are looked at once."""
+        kinds: dict[tuple[tuple[str, tuple[int, ...]], ...], float] = {}
+        total = 0.0
+        for one in feeds:
+            shapes = tuple((name, tuple(array.shape)) for name, array in sorted(one.items()))
+            if shapes not in kinds:
+                kinds[shapes] = latency_of_file(path, self._device, one, worker=self._worker).ms
+            total += kinds[shapes]
+        return total / len(feeds)
 
     def memory(self, path: str | Path, feeds: Feeds) -> MemoryResult:
         """Measured here, with the same runtime."""
