@@ -14,6 +14,7 @@ import sys
 import tempfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -29,6 +30,7 @@ from featherweight.runtime.significance import mcnemar
 
 HASHES, LENGTH = 1 << 17, 256
 TEACHER, STUDENT = (HASHES, 32), (4096, 16)
+TOY = (1 << 12, 16), (256, 8)
 GOOD = ("정말 재미있다", "최고의 영화", "감동적이에요", "배우 연기가 훌륭하다", "또 보고 싶다", "눈물이 났다 강추")
 BAD = ("너무 지루하다", "최악의 영화", "돈이 아깝다", "연기가 어색하다", "시간 낭비였다", "졸려서 나왔다 비추")
 ABOUT = (
@@ -90,7 +92,7 @@ def network(path: Path, size: tuple[int, int], seed: int) -> Path:
         "w1": rng.normal(size=(width, 32)) / width**0.5, "b1": np.zeros(32),
         "w2": rng.normal(size=(32, 2)) / 32**0.5, "b2": np.zeros(2),
     }  # fmt: skip
-    steps = (
+    steps: tuple[tuple[str, list[str], str, dict[str, Any]], ...] = (
         ("Mod", ["grams", "buckets"], "bucket", {}),
         ("Gather", ["table", "bucket"], "vectors", {}),
         ("Equal", ["grams", "zero"], "empty", {}),
@@ -129,7 +131,8 @@ def train(start: Path, x: np.ndarray, y: np.ndarray, out: Path, *, epochs: int) 
             seen = torch.from_numpy(np.where(seeded.random((len(batch), LENGTH)) < 0.3, 0, x[batch]))
             seen[:, 0] = torch.from_numpy(x[batch, 0])
             adam.zero_grad()
-            cross_entropy(network({"grams": seen})["logits"], torch.from_numpy(y[batch]), axis=1).backward()
+            loss = cross_entropy(network({"grams": seen})["logits"], torch.from_numpy(y[batch]), axis=1)
+            torch.autograd.backward(loss)
             adam.step()
     io.save(network.write_back(model), out)
     return out
@@ -140,22 +143,26 @@ def main() -> int:
     given = [read(Path(p)) for p in sys.argv[1:3]] or [made_up(400, 0), made_up(200, 1)]
     (texts, labels), (test_texts, test_labels) = given
     large = len(texts) > 1000
+    teacher_size, student_size = (TEACHER, STUDENT) if large else TOY
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         x, test_x = rows(texts), rows(test_texts)
-        files = {"teacher": train(network(folder / "t.onnx", TEACHER, 0), x, labels, folder / "teacher.onnx", epochs=4)}
-        small = network(folder / "s.onnx", STUDENT, 1)
+        begun = network(folder / "t.onnx", teacher_size, 0)
+        files = {"teacher": train(begun, x, labels, folder / "teacher.onnx", epochs=4)}
+        small = network(folder / "s.onnx", student_size, 1)
         files["student, labels alone"] = train(small, x, labels, folder / "alone.onnx", epochs=6)
 
         unlabelled = folder / "unlabelled.npz"
         np.savez(unlabelled, grams=np.concatenate([x, rows(spliced(texts, len(texts)))]))
         found = fw.distill(
-            files["teacher"], small, unlabelled, out=folder / "run", stages=("end",), loss="kl", features=0, rate=0.03,
-            batch_size=64, max_steps=1500 if large else 60,
+            files["teacher"], small, unlabelled, out=folder / "run", stages=("end",), loss="kl", features=0, rate=0.06,
+            batch_size=64, max_steps=1500 if large else 150,
         )  # fmt: skip
         files["student, distilled"] = found.model
-        budget = {"max_size": "20%", "metric": "agreement", "time_budget": "60s" if large else "10s"}
-        report = fw.compress(found.model, unlabelled, out=folder / "small", **budget)
+        report = fw.compress(
+            found.model, unlabelled, out=folder / "small", max_size="30%", metric="agreement",
+            time_budget="60s" if large else "5s",
+        )  # fmt: skip
         if report.ok:
             files["student, distilled and encoded"] = folder / "small" / "model.onnx"
 
