@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import json
 import math
+import shutil
 import statistics
 import time
 from collections.abc import Iterator
@@ -132,6 +133,7 @@ def compressed(source: Path, technique: str, feeds: Feeds, folder: Path) -> Path
     import featherweight
 
     if not (folder / "model.onnx").exists():
+        shutil.rmtree(folder, ignore_errors=True)
         data = {key: np.concatenate([value] * 40) for key, value in feeds.items()}
         rng = np.random.default_rng(3)
         for key, value in data.items():
@@ -139,7 +141,7 @@ def compressed(source: Path, technique: str, feeds: Feeds, folder: Path) -> Path
                 data[key] = value + rng.normal(size=value.shape).astype(np.float32) * 0.1
         featherweight.compress(
             source, data, out=folder, techniques=(technique,), minimize="size", max_drop=0.9, metric="cosine",
-            max_candidates=1, time_budget="3m", save_anyway=True, resume=folder.exists(),
+            max_candidates=1, time_budget="3m", save_anyway=True,
         )  # fmt: skip
     return folder / "model.onnx"
 

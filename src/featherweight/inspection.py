@@ -197,7 +197,8 @@ def _on_device(
     from featherweight.runtime.targets import is_this_machine
 
     fit = predict.fits(graph, target, shapes=shapes, file_bytes=io.size_bytes(path))
-    if feeds and is_this_machine(target):
+    here = is_this_machine(target)
+    if here and (feeds or not target.predicts):
         return None, fit
     if not target.predicts:
         notes.append(

@@ -105,6 +105,13 @@ def test_inspect_here_measures(model, data) -> None:
     assert all(n.predicted_ms is None for n in found.nodes)
 
 
+def test_this_machine_is_not_predicted_for(model) -> None:
+    found = inspect(model, profile="this")
+    assert found.predicted_ms is None
+    assert found.fit.ok
+    assert not any("rates" in n.text for n in found.notes)
+
+
 def test_a_profile_may_be_given_as_it_is(model) -> None:
     phone = next(p for p in shipped_profiles() if p.name == "phone")
     assert inspect(model, profile=phone).predicted_ms == inspect(model, profile="phone").predicted_ms
