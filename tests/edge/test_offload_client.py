@@ -263,6 +263,8 @@ def test_requests_in_the_air_stop_waiting_when_the_link_is_known_to_be_down(mode
         "reset", b"", b"not json", b"[]", b'{"outputs": []}', b'{"outputs": 5}',
         b'{"outputs": [{"name": "logits", "datatype": "FP32", "shape": [1, 5], "data": [1]}]}',
         b'{"outputs": [{"name": "logits", "datatype": "FP32", "shape": [-1], "data": [1]}]}',
+        b'{"id": "other", "outputs": [{"name": "logits", "datatype": "FP32", "shape": [1, 5], "data": [1, 2, 3, 4, 5]}'
+        b"]}",
         b'{"outputs": [{"name": "other", "datatype": "FP32", "shape": [1], "data": [1]}]}',
         b"[" * 100_000,
     ],

@@ -132,7 +132,8 @@ def _read_entry(entry: Any, where: str) -> Given:
     if not isinstance(entry, dict):
         raise ProtocolError(f"{where} must be an object, but got {_kind(entry)}")
     name, datatype, shape = entry.get("name"), entry.get("datatype"), entry.get("shape")
-    parameters = entry.get("parameters", {})
+    parameters = entry.get("parameters")
+    parameters = {} if parameters is None else parameters  # KServe writes null
     if not isinstance(name, str) or not name:
         raise ProtocolError(f"{where}.name must be text, but got {_kind(name)}")
     if not isinstance(datatype, str) or datatype not in NUMPY_OF:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +11,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-import numpy as np
-
 from featherweight.edge.access import client_tls, is_loopback
 from featherweight.edge.protocol import (
     LENGTH_HEADER,
-    NUMPY_OF,
     Array,
     Packed,
     ProtocolError,
@@ -141,7 +138,8 @@ class Connection:
                 tensors.append(value)
             else:
                 tensors.append(pack(name, value) if binary else json_tensor(name, value))
-        body, length = write_message({"outputs": asked}, "inputs", tensors)
+        identity = secrets.token_hex(8)  # optional in the protocol, but KServe's server fails without one
+        body, length = write_message({"id": identity, "outputs": asked}, "inputs", tensors)
         headers = {"Content-Type": "application/json" if length is None else "application/octet-stream"}
         if length is not None:
             headers[LENGTH_HEADER] = str(length)
@@ -153,6 +151,8 @@ class Connection:
             found = {given.name: unpack(given) for given in message.tensors}
         except (ProtocolError, ValueError, RecursionError) as e:
             raise LinkError("protocol", f"the answer of model {model!r} is wrong: {e}") from e
+        if message.header.get("id", identity) != identity:
+            raise LinkError("protocol", f"the answer of model {model!r} belongs to another request")
         missing = sorted(set(outputs) - found.keys())
         if missing:
             raise LinkError(
@@ -215,15 +215,3 @@ def _read(response: urllib3.BaseHTTPResponse, end: float) -> bytes:
 
 def _reason(e: BaseException) -> str:
     return str(e).rpartition(": ")[2][:160] or type(e).__name__
-
-
-def zeros(specs: Sequence[Spec], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
-    """Inputs of zeros: of the given shapes, else of the specs' with 1 for open axes."""
-    found: dict[str, Array] = {}
-    for spec in specs:
-        shape = shapes.get(spec.name) or tuple(1 if d < 0 else d for d in spec.shape)
-        if math.prod(shape) > 1 << 26:
-            raise FeatherweightError(f"input {spec.name!r} is too large to probe with")
-        kind = NUMPY_OF[spec.datatype]
-        found[spec.name] = np.full(shape, "", object) if kind == "object" else np.zeros(shape, kind)
-    return found

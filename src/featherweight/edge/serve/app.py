@@ -221,7 +221,7 @@ def _read_request(model: Model, body: bytes, json_length: str | None) -> tuple[M
     identity = message.header.get("id")
     if identity is not None and (not isinstance(identity, str) or len(identity) > _MAX_ID):
         raise ProtocolError(f"'id' must be text of at most {_MAX_ID} characters")
-    if not isinstance(message.header.get("parameters", {}), dict):
+    if not isinstance(message.header.get("parameters") or {}, dict):
         raise ProtocolError("'parameters' must be an object")
     rows = model.check({g.name: (g.datatype, g.shape) for g in message.tensors})
     return message, rows
@@ -246,7 +246,7 @@ def _value(given: Given) -> Array:
 def _wanted_outputs(message: Message, model: Model) -> dict[str, bool]:
     """Names of the outputs to send, each with whether as bytes. Raises RequestError(400) for one that is not there."""
     known = [o.name for o in model.outputs]
-    default = message.header.get("parameters", {}).get("binary_data_output", False) is True
+    default = (message.header.get("parameters") or {}).get("binary_data_output", False) is True
     listed = message.header.get("outputs")
     if listed is None or listed == []:
         return dict.fromkeys(known, default)
@@ -254,7 +254,7 @@ def _wanted_outputs(message: Message, model: Model) -> dict[str, bool]:
         raise RequestError(400, "'outputs' must be a list of objects with a name")
     wanted: dict[str, bool] = {}
     for entry in listed:
-        name, parameters = entry.get("name"), entry.get("parameters", {})
+        name, parameters = entry.get("name"), entry.get("parameters") or {}
         if not isinstance(name, str) or name not in known:
             raise RequestError(400, f"model {model.name} has the outputs {known}, but another one was asked for")
         if name in wanted or not isinstance(parameters, dict):
