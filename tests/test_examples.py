@@ -14,6 +14,7 @@ SAYS = {
     "inspect_model.py": "4 bits: at least",
     "compress_npz.py": "replayed from its plan: the same bytes",
     "torch_to_int4.py": "taught: taught/model.onnx accuracy",
+    "korean_sentiment.py": "student, distilled ",
 }
 
 
