@@ -2,7 +2,7 @@
 
 `python -m benchmarks.distill --data FOLDER [--rows "lite0 pruned 50,..."] [--time 20m] [--again]`. One row at a time;
 rows measured before are kept, and a row that was cut off goes on where it was. Training sees the calibration photos
-alone, no labels; the evaluation photos are looked at by the measurements before and after only. `--list` names the rows.
+alone, no labels; the evaluation photos are looked at by the measurements before and after only. `--list` names rows.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ def run(row: Row, source: Path, time: str, stages: str) -> dict[str, Any]:
     raw: dict[str, Any] = json.loads(done.stdout)
     layers = next((s for s in raw["stages"] if s["name"] == "layers"), None)
     return {
-        "size_bytes": raw["after"]["size_bytes"], "teacher": raw["teacher"]["metric"], "before": raw["before"]["metric"],
-        "layers": layers and layers["measured"]["metric"], "after": raw["after"]["metric"],
+        "size_bytes": raw["after"]["size_bytes"], "teacher": raw["teacher"]["metric"],
+        "before": raw["before"]["metric"], "layers": layers and layers["measured"]["metric"], "after": raw["after"]["metric"],
         "recovered": raw["recovered"], "gain_interval": raw["gain_interval"],
         "steps": {s["name"]: s["steps"] for s in raw["stages"]},
         "validation": {s["name"]: [s["loss_before"], s["loss_after"]] for s in raw["stages"]},

@@ -18,7 +18,7 @@ from featherweight.core import Note, Progress, Report, Silent
 from featherweight.errors import BudgetError, FeatherweightError, OutputError, RemoteError
 from featherweight.quantities import format_bytes
 from featherweight.runtime.sandbox import Worker
-from featherweight.search import comparing, finish
+from featherweight.search import comparing, finish, teaching
 from featherweight.search.baseline import already_fits, measure_baseline
 from featherweight.search.comparing import Comparison
 from featherweight.search.problem import Problem, forget_refused, open_problem
@@ -175,7 +175,6 @@ def _bench(target: Any, let_in: tuple[Any, Any, Any], worker: Worker, progress: 
         yield bench
 
 
-
 def distill(
     teacher: str | Path, student: str | Path, data: Any, *, progress: Progress | None = None, **asked: Any
 ) -> Distilled:
@@ -303,6 +302,10 @@ def _with_fit(problem: Problem, report: Report) -> Report:
 
 def _solve(problem: Problem, *, save_anyway: bool, first_is_enough: bool) -> Report:
     """Bounds, search, verification: the three answers of the decision problem."""
+    if problem.request.recover == "distill":
+        from featherweight.learn.checkpoints import need_torch
+
+        need_torch()  # before any long work
     done = _finished(problem, save_anyway=save_anyway)
     if done is not None:
         return done
@@ -314,12 +317,25 @@ def _solve(problem: Problem, *, save_anyway: bool, first_is_enough: bool) -> Rep
     found = search(problem, known, first_is_enough=first_is_enough)
     if found.refusal is not None:
         return _write(problem, finish.finish_refused(problem, known, found.refusal))
+    if problem.request.recover == "distill":
+        teaching.teach(problem, known, found, _learn)
     report = _write(problem, finish.finish(problem, known, found, save_anyway=save_anyway))
     if found.interrupted:
         raise KeyboardInterrupt
     if not problem.out_of_time():
         problem.journal.phase("finished", lambda: True)
     return report
+
+
+def _learn(problem: Problem, student: Path, data: Any, out: Path, seconds: float) -> Path:
+    """Distillation as a stage of the search: `out` is its run folder, which an interrupted run goes on in."""
+    from featherweight.learn.distill import distill as teach
+
+    found = teach(
+        problem.runnable, student, data, out=out, resume=True, progress=problem.progress.inner,
+        metric=problem.request.metric, time_budget=seconds, seed=problem.request.seed,
+    )  # fmt: skip
+    return found.model
 
 
 def _finished(problem: Problem, *, save_anyway: bool) -> Report | None:

@@ -152,6 +152,15 @@ budget_options = _all(
     ),
 )
 
+recover_option = option(
+    "--recover",
+    type=click.Choice(["ridge", "distill"]),
+    metavar="HOW",
+    section="Search",
+    help="ridge (default): weights solved anew after a change of structure. distill: the original also teaches a "
+    "candidate that misses the drop by little.",
+)
+
 search_options = _all(
     option("--calibration", metavar="DATA", section="Data", help="Data that sets ranges. Default: a part of --data."),
     metric_option,

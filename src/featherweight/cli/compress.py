@@ -20,6 +20,7 @@ WRITTEN = ("model.onnx", "plan.json", "report.json", "report.html")
 @options.data_option
 @options.budget_options
 @options.search_options
+@options.recover_option
 @option("--save-anyway", is_flag=True, help="Keep the nearest model even if the budget is not met.")
 @option("-o", "--out", required=True, type=options.PATH, metavar="RUN_DIR", help="Folder of the result.")
 @options.all_layers_option

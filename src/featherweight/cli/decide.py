@@ -17,6 +17,7 @@ from featherweight.cli._sections import Command, option
 @options.data_option
 @options.budget_options
 @options.search_options
+@options.recover_option
 @option("-o", "--out", type=options.PATH, metavar="RUN_DIR", help="Keep the run here; needed for --resume.")
 @options.all_layers_option
 @common

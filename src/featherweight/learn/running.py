@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -19,7 +19,7 @@ import onnx_ir as ir
 import torch
 
 from featherweight import data as fwdata
-from featherweight.core import Interval, Measurement, Note, Progress
+from featherweight.core import Note, Progress
 from featherweight.errors import DataError, ModelError
 from featherweight.graph import cost, io, surgery
 from featherweight.graph.channels.follow import concrete
@@ -27,9 +27,10 @@ from featherweight.learn import augment, blocks, layerwise, losses, students
 from featherweight.learn.blocks import Pair
 from featherweight.learn.checkpoints import Checkpoints, Saved
 from featherweight.learn.distill import Asked
+from featherweight.learn.keeping import StageKeeper, stage_from
 from featherweight.learn.matching import Checker, Matching, Weights, steps_of
 from featherweight.learn.proof import Proof
-from featherweight.learn.result import Block, Distilled, Point, Stage
+from featherweight.learn.result import Block, Distilled, Stage
 from featherweight.learn.student import Footprint, Student, fit_memory, resident_bytes, saved_bytes
 from featherweight.learn.teacher import Lessons, Teacher
 from featherweight.learn.training import Outcome, Recipe, Trainer, Work
@@ -90,7 +91,7 @@ class Run:
     def whole(self, *, resume: bool) -> Distilled:
         """Open, train, measure, write."""
         self._open()
-        saved = self._checkpoints.read() if resume else None
+        saved = self.checkpoints.read() if resume else None
         with Proof(self.teacher_path, self.student_path, self._holdout, self.asked, self.work, self._threads) as proof:
             self.progress.start("measuring both models on data kept aside")
             proof.before()
@@ -121,11 +122,14 @@ class Run:
         identity = asked.identity() | {
             "teacher": io.sha256(asked.teacher), "student": io.sha256(self.student_path), "data": self._train.source
         }  # fmt: skip
-        self._checkpoints = Checkpoints(self.work / "checkpoints", identity)
+        self.checkpoints = Checkpoints(self.work / "checkpoints", identity)
 
     def _split(self, specs: Sequence[fwdata.InputSpec]) -> None:
         """Training, validation and holdout data; the last two checked and written to disk."""
         asked = self.asked
+        if isinstance(self._data, fwdata.Splits):
+            self._take(self._data, specs)
+            return
         sources = []
         for source in [asked.calibration, self._data] if asked.calibration is not None else [self._data]:
             if source is None:
@@ -141,6 +145,11 @@ class Run:
             sources[0], calibration=share, validation=VALIDATION, seed=asked.seed, evaluation=evaluation
         )
         self.notes += [*sources[0].notes, *parts.notes]
+        self._take(parts, specs)
+
+    def _take(self, parts: fwdata.Splits, specs: Sequence[fwdata.InputSpec]) -> None:
+        """Use these parts: read the two that are looked at often once."""
+        asked = self.asked
         self._train = parts.calibration
         for role in ("validation", "holdout"):
             folder = self.work / role
@@ -225,14 +234,14 @@ class Run:
                 p.copy_(saved.tensors.get(f"student/{name}", saved.tensors.get(f"now/{name}")))
 
     def _keeper(self, stage: str, block: int, done: Sequence[Stage]) -> Any:
-        return _StageKeeper(self, stage, block, done)
+        return StageKeeper(self, stage, block, done)
 
     def _stages(self, saved: Saved | None, proof: Proof) -> list[Stage]:
         """Train what was asked for; a stage that makes the validation loss worse is taken back."""
         limit = self._train_until()
         done: list[Stage] = []
         if saved is not None:
-            done = [_stage_from(raw) for raw in saved.state["done"]]
+            done = [stage_from(raw) for raw in saved.state["done"]]
         for name in self.asked.stages:
             if any(s.name == name for s in done) or self._stopped:
                 continue
@@ -243,7 +252,7 @@ class Run:
             loss_before = first.loss if first is not None else float(here.state["loss_before"])  # type: ignore[union-attr]
             if here is not None:
                 before = {n: here.tensors[f"entry/{n}"] for n in before}
-            self._entry = (began, loss_before, before)
+            self.entry = (began, loss_before, before)
             both = name == "layers" and "end" in self.asked.stages
             until = began + (limit - began) * LAYERS_TIME if both else limit
             run = self._layers if name == "layers" else self._end
@@ -278,7 +287,7 @@ class Run:
             self._units, asked.seed,
         )  # fmt: skip
         start = None if here is None else (int(here.state["block"]), here.state["trainer"], here.tensors)
-        began = self._entry[0]
+        began = self.entry[0]
         made, outcomes = layerwise.train_blocks(
             job, self._lessons(), self.work / "blocks", seconds=until - began,
             keeper=lambda k: self._keeper("layers", k, done), start=start, progress=self.progress,
@@ -290,7 +299,7 @@ class Run:
         lessons = self._lessons()
         self._matching.fit(next(iter(lessons.step(0))))
         if self._memory.recompute:
-            cuts = _cuts([p.student for p in self._matching.pairs or self._pairs])
+            cuts = [p.student for p in self._matching.pairs or self._pairs]
             found = {b.end.student: b for b in blocks.blocks(self.student_model, [Pair(c, c) for c in cuts])}
             reads = [found[c].starts for c in cuts]
             last = blocks.reads_behind(self.student_model, cuts[-1]) if cuts else tuple(shapes_of(self.student_model))
@@ -301,7 +310,7 @@ class Run:
         )  # fmt: skip
         recipe = Recipe(self.asked.rate or RATE_END, ema=self.asked.ema, most_steps=self.asked.max_steps)
         trainer = Trainer(
-            work, recipe, seconds=until - self._entry[0], keeper=self._keeper("end", 0, done),
+            work, recipe, seconds=until - self.entry[0], keeper=self._keeper("end", 0, done),
             progress=self.progress, name="end to end", stop=lambda: self._stopped,
         )  # fmt: skip
         if here is not None:
@@ -352,44 +361,6 @@ class Run:
             tuple(map(str, self._targets)), tuple(stages), self.elapsed(), resident_bytes("VmHWM"),
             tuple(self.notes), facts, self._stopped,
         )  # fmt: skip
-
-
-class _StageKeeper:
-    """Keeps the loop's state together with where the run stands."""
-
-    def __init__(self, run: Run, stage: str, block: int, done: Sequence[Stage]) -> None:
-        self._run, self._stage, self._block, self._done = run, stage, block, tuple(done)
-
-    def write(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-        """One checkpoint of the whole run."""
-        run = self._run
-        began, loss_before, entry = run._entry if self._stage else (0.0, 0.0, {})
-        document = {
-            "stage": self._stage, "block": self._block, "trainer": state, "elapsed": run.elapsed(), "began": began,
-            "loss_before": loss_before, "done": [dataclasses.asdict(s) for s in self._done],
-        }  # fmt: skip
-        student = run.student.parameters().items()
-        everything = {f"student/{n}": p.detach() for n, p in student if f"now/{n}" not in tensors}
-        everything |= {f"entry/{n}": x for n, x in entry.items()}
-        steps = int(state.get("step", 0)) + 10**6 * self._block + 10**8 * len(self._done)
-        run._checkpoints.write(steps, document, {**everything, **tensors})
-
-
-def _stage_from(raw: Mapping[str, Any]) -> Stage:
-    fields = dict(raw)
-    measured = dict(fields.pop("measured"))
-    interval = measured.pop("drop_interval", None)
-    return Stage(
-        **{k: v for k, v in fields.items() if k not in ("curve", "blocks")},
-        measured=Measurement(**measured, drop_interval=None if interval is None else Interval(**interval)),
-        curve=tuple(Point(**p) for p in fields["curve"]),
-        blocks=tuple(Block(**b) for b in fields["blocks"]),
-    )
-
-
-def _cuts(places: Sequence[str]) -> list[str]:
-    """All places: what lies between them is computed again."""
-    return list(places)
 
 
 def shapes_of(model: ir.Model) -> list[str]:

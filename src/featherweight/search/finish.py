@@ -34,7 +34,10 @@ def finish(problem: Problem, known: Baseline, found: Found, *, save_anyway: bool
         return _untouched(problem, known, "not found", "not met", reason, found)
     path = problem.work / "candidate.onnx"
     ctx = found.ground_of(problem, chosen.plan).ctx
-    build_and_save(problem, ctx, chosen.plan, path)
+    if found.taught is not None and chosen is found.taught[0]:
+        io.save(io.load(found.taught[1]), path)
+    else:
+        build_and_save(problem, ctx, chosen.plan, path)
     if io.size_bytes(path) >= problem.original_bytes:  # a result never grows
         return _nothing_pays(problem, known, found)
     if found.interrupted:

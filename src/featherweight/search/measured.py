@@ -45,7 +45,7 @@ def measure_plan(problem: Problem, known: Baseline, ctx: Context, plan: Plan) ->
     path = problem.work / "candidate.onnx"
     try:
         build_and_save(problem, ctx, plan, path)
-        measured = _measure_candidate(problem, known, path)
+        measured = measure_file(problem, known, path)
     except (RunError, TechniqueError) as e:
         error = str(e)
     attempt = Attempt(index, plan, measured, error, time.monotonic() - started)
@@ -79,7 +79,7 @@ def stage_of(problem: Problem, plan: Plan) -> Staged | None:
     return problem.stages.get(stage_key(problem.model_sha256, structure, problem.request.seed)) if structure else None
 
 
-def _measure_candidate(problem: Problem, known: Baseline, path: Path) -> Measurement:
+def measure_file(problem: Problem, known: Baseline, path: Path) -> Measurement:
     """One candidate on validation data; latency and memory only where the budget speaks of them."""
     evaluation = problem.bench.evaluate(
         path,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from featherweight.core import Attempt, Budget, Plan
 from featherweight.search.baseline import Baseline, base
@@ -26,7 +27,7 @@ class Found:
     """What a search came back with.
 
     `met_cap` and `correction`: what measuring taught about predictions; `grounds`: what the structures tried stand
-    on, by their key, as far as they are still of use.
+    on, by their key, as far as they are still of use; `taught`: the candidate that distillation made, and its file.
     """
 
     ground: Ground
@@ -39,6 +40,7 @@ class Found:
     met_cap: float = 0.0
     correction: Correction = field(default_factory=Correction)
     grounds: dict[str, Ground] = field(default_factory=dict)
+    taught: tuple[Attempt, Path] | None = None
 
     def ground_of(self, problem: Problem, plan: Plan) -> Ground:
         """What a plan's numeric part stands on: the model's ground, or that of the structure it changes it to."""

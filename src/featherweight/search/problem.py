@@ -36,6 +36,8 @@ MAX_RECOVERY = 256
 #: Folder inside `work` with the models after their structure stage; a resumed run finds them there.
 STAGES_FOLDER = "structure"
 NORMALISE_FEEDS = 2
+#: Share of the time budget for the search where distillation follows; seconds of distillation without a budget.
+SEARCH_SHARE, DEFAULT_TEACHING_S = 0.4, 1200.0
 
 
 class Timed:
@@ -127,6 +129,8 @@ class Problem:
     def out_of_time(self) -> bool:
         """True if the time budget is used up."""
         limit = self.request.time_budget_s
+        if limit is not None and self.request.recover == "distill":
+            limit *= SEARCH_SHARE
         return limit is not None and time.monotonic() - self.started > limit
 
     def note(self, where: str, text: str) -> None:
@@ -156,7 +160,7 @@ def open_problem(
     profile = bench.profile or _profile(request)
     inputs = input_specs(model)
     work = out / "work"
-    sources = _open_sources(request, inputs)
+    sources = open_sources(request, inputs)
     out.mkdir(parents=True, exist_ok=True)
     asked = request.asked(sha) | ({"profile": bench.host} if bench.profile else {})  # a device may change its address
     journal = Journal(out / "journal.sqlite", asked, resume=resume)
@@ -206,8 +210,7 @@ def _opened(
     emptied(work, keep=STAGES_FOLDER if journal.finished("baseline") else "")
     work.mkdir(parents=True, exist_ok=True)
     notes: list[Note] = [*bench.notes()]
-    structural = request.goal != "plain-int8" and any(t.stage == "structure" for t in techniques.values())
-    most = MAX_RECOVERY if structural else MAX_CALIBRATION
+    most = most_calibration(request, techniques)
     splits = _spooled(sources, request, inputs, work, progress, notes, most)
     progress.start("normalising the graph")
     feeds = first_feeds(splits.calibration, NORMALISE_FEEDS)
@@ -311,7 +314,7 @@ def _profile(request: Request) -> Profile:
     return targets.load_profile(request.profile)
 
 
-def _open_sources(request: Request, inputs: Sequence[fwdata.InputSpec]) -> tuple[fwdata.Dataset, fwdata.Dataset | None]:
+def open_sources(request: Request, inputs: Sequence[fwdata.InputSpec]) -> tuple[fwdata.Dataset, fwdata.Dataset | None]:
     """The user's data, and a second source where calibration data were given apart."""
 
     def opened(source: Any) -> fwdata.Dataset:
@@ -359,6 +362,12 @@ def _spooled(
         read[role] = read[same] if same else fwdata.spool(part, work / role, inputs=inputs, progress=progress)
     notes.extend(fwdata.likeness(read["calibration"], read["holdout"]))
     return fwdata.Splits(read["calibration"], read["validation"], read["holdout"], parts.notes)
+
+
+def most_calibration(request: Request, techniques: Mapping[str, Technique]) -> int:
+    """Calibration samples used at most."""
+    structural = request.goal != "plain-int8" and any(t.stage == "structure" for t in techniques.values())
+    return MAX_RECOVERY if structural else MAX_CALIBRATION
 
 
 def _runnable(

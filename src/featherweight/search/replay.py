@@ -34,11 +34,14 @@ from featherweight.techniques._equalise import equalise
 STATISTICS = "statistics.npz"
 #: Options of a plan that changes the structure: sha256 of the normalised model, and of structure.onnx.
 NORMALISED, STRUCTURE = "normalised_sha256", "structure_sha256"
+#: Option of a plan whose model was taught by the original: sha256 of the model, which no replay can make again.
+TAUGHT = "distilled_sha256"
 
 
 def sealed(problem: Problem, ctx: Context, plan: Plan) -> Plan:
     """The plan with all a replay needs to know: the model it is about, the target, seed and float nodes."""
     options: dict[str, Scalar] = {
+        **{name: value for name, value in plan.options if name == TAUGHT},
         "seed": problem.request.seed,
         "int8_dot": problem.profile.int8_dot,
         "keep_float": json.dumps(sorted(ctx.keep_float)),
@@ -108,6 +111,8 @@ def apply(model: str | Path, plan: str | Path | Plan, *, out: str | Path, statis
         io.save(io.load(model), target)
         return target
     found = Path(statistics) if statistics is not None else beside
+    if dict(read.options).get(TAUGHT):
+        return _taught(read, found, target)
     with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
         path = Path(folder) / "normalised.onnx"
         io.save(normalise(io.load(model), run=None).model, path)
@@ -123,6 +128,18 @@ def apply(model: str | Path, plan: str | Path | Plan, *, out: str | Path, statis
         io.save(equal, path)
         _check_model(read.model_sha256, path, str(model))
         io.save(build_numeric(equal, read, _context(read, ready), known), target)
+    return target
+
+
+def _taught(plan: Plan, statistics: Path | None, target: Path) -> Path:
+    """The model of the run folder, where the original taught it: the plan alone leads to the student before that."""
+    path = None if statistics is None else statistics.parent / "model.onnx"
+    if path is None or not path.exists() or io.sha256(path) != dict(plan.options)[TAUGHT]:
+        raise PlanError(
+            "the plan's model was taught by the original, which is not repeated here: keep the run's own model.onnx "
+            "beside plan.json"
+        )
+    io.save(io.load(path), target)
     return target
 
 

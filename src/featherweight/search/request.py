@@ -19,6 +19,8 @@ Goal = Literal["plain-int8", "minimize", "fit"]
 # Where the user sets no limit on the drop but minimises something else, this one holds and is reported.
 DEFAULT_MAX_DROP = 0.01
 DEFAULT_CANDIDATES = 18
+# Weights are always solved anew by ridge regression after a change of structure; distill: the original teaches too.
+RECOVERIES = ("ridge", "distill")
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,13 @@ class Request:
     target_token: str | None = dataclasses.field(default=None, repr=False)
     target_token_file: Path | None = None
     target_ca: Path | None = None
+    recover: str = "ridge"
 
     def __post_init__(self) -> None:
         if self.minimize is not None and self.minimize not in get_args(Objective):
             raise BudgetError(f"minimize must be one of {', '.join(get_args(Objective))}, but got {self.minimize!r}")
+        if self.recover not in RECOVERIES:
+            raise BudgetError(f"recover must be one of {', '.join(RECOVERIES)}, but got {self.recover!r}")
         for name in ("batch_size", "threads", "max_candidates"):
             if getattr(self, name) < 1:
                 raise BudgetError(f"{name} must be at least 1, but got {getattr(self, name)}")
