@@ -16,6 +16,7 @@ import csv
 import dataclasses
 import json
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +28,16 @@ import featherweight as fw
 from benchmarks import evaluate, feeds, latency, models
 from benchmarks.results import machine
 from benchmarks.tasks import TASKS, Task
+from featherweight import data as fwdata
+from featherweight.data.feeds import open_feeds
+from featherweight.graph import io
 from featherweight.learn.students import make_student
 from featherweight.report.progress import TerminalProgress
+from featherweight.search.problem import input_specs
 
 RESULTS = Path(__file__).parent / "results"
 BATCH, CHUNK, MAX_TOKENS = 64, 64, 64
-KEPT_ASIDE = 400
+KEPT_ASIDE = 512
 Feed = dict[str, np.ndarray]
 
 
@@ -129,24 +134,28 @@ class Judge:
         return [dataclasses.replace(r, speed=found[r.tool].speed) if r.tool in found else r for r in rows]
 
 
+def splits(texts: list[str], teacher: Path, folder: Path) -> fwdata.Splits:
+    """All sentences but KEPT_ASIDE to learn from; those to validate and to prove it."""
+    specs, tokenizer = input_specs(io.load(teacher)), teacher.with_name("minilm-tokenizer.json")
+    order = np.random.default_rng(1).permutation(len(texts))
+    parts = {"sentences": order[KEPT_ASIDE:], "sentences kept aside": order[:KEPT_ASIDE]}
+    opened = [
+        open_feeds(batches([texts[i] for i in rows], tokenizer), specs, where=name, folder=folder / str(len(rows)))
+        for name, rows in parts.items()
+    ]
+    return fwdata.split(opened[0], calibration=0.5, validation=0.25, evaluation=opened[1])
+
+
 def teach(teacher: Path, spec: str, texts: list[str], work: Path, args: argparse.Namespace) -> tuple[Path, float]:
     """The student's file and the seconds spent; a stopped run in `work` is resumed, a finished one is kept."""
     if (work / "report.json").exists() and (work / "model.onnx").exists():
         return work / "model.onnx", float(json.loads((work / "report.json").read_text()).get("seconds", 0.0))
-    tokenizer = teacher.with_name("minilm-tokenizer.json")
-    aside = work.with_name(f"{work.name}-aside.tsv")
-    order = np.random.default_rng(1).permutation(len(texts))
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    aside.write_text(
-        "\n".join(["text", *(texts[i].replace("\t", " ") for i in order[:KEPT_ASIDE])]) + "\n", encoding="utf-8"
-    )
-    taught = [texts[i] for i in order[KEPT_ASIDE:]]
-    with TerminalProgress() as shown:
+    with tempfile.TemporaryDirectory(dir=args.work) as spooled, TerminalProgress() as shown:
+        data = splits(texts, teacher, Path(spooled))
         found = fw.distill(
-            teacher, spec, str(aside), calibration=lambda: batches(taught, tokenizer), tokenizer=tokenizer, out=work,
-            stages=("end",), loss="embedding", batch_size=BATCH, rate=args.rate, features=args.features, seed=0,
-            time_budget=None if args.steps else args.time, max_steps=args.steps, threads=args.threads,
-            resume=(work / "work" / "checkpoints").exists(), progress=shown,
+            teacher, spec, data, out=work, stages=("end",), loss="embedding", batch_size=BATCH, rate=args.rate,
+            features=args.features, time_budget=None if args.steps else args.time, max_steps=args.steps,
+            threads=args.threads, resume=(work / "work" / "checkpoints").exists(), progress=shown,
         )  # fmt: skip
     return found.model, found.seconds
 
