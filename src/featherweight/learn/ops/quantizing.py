@@ -34,33 +34,30 @@ class RoundClip(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The clipped straight-through estimate."""
         (inside,) = ctx.saved_tensors
-        return grad * inside, None, None
+        return torch.where(inside, grad, grad.new_zeros(())), None, None
 
 
 class FakeQuantize(torch.autograd.Function):
     """(clip(round(x / scale) + zero) - zero) * scale in one step that keeps one byte an element for the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor | float, low: float, high: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Any, low: Any, high: Any) -> Tensor:
         """`scale` and `zero` broadcast against x."""
         rounded = torch.div(x, scale).round_()
-        if isinstance(zero, Tensor) or zero != 0:
-            rounded += zero
+        low, high = low - zero, high - zero  # instead of adding the zero point to every element and taking it off
+        wanted = ctx.needs_input_grad
+        if not (wanted[0] or wanted[1]):
+            return rounded.clamp_(low, high).mul_(scale)
         codes = rounded.clamp(low, high)
-        ctx.inside = None
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            ctx.inside = codes == rounded
-        if isinstance(zero, Tensor) or zero != 0:
-            codes -= zero
-        ctx.scale = scale.detach()
-        if ctx.needs_input_grad[1]:
+        ctx.inside, ctx.scale = codes == rounded, scale.detach()
+        if wanted[1]:
             ctx.save_for_backward(x.detach(), codes.clone())
         return codes.mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Clipped straight-through for x, LSQ for the scale."""
-        to_x = grad * ctx.inside if ctx.needs_input_grad[0] else None
+        to_x = torch.where(ctx.inside, grad, grad.new_zeros(())) if ctx.needs_input_grad[0] else None
         to_scale = None
         if ctx.needs_input_grad[1]:
             x, codes = ctx.saved_tensors
