@@ -38,8 +38,9 @@ from featherweight.errors import FeatherweightError
 @option("--drain", type=options.DURATION, default="30s", show_default=True, section="Target",
         help="Time for requests in progress after SIGTERM.")  # fmt: skip
 @option("--access-log", is_flag=True, help="One line a request on stderr, without headers, queries and bodies.")
+@option("--json", "as_json", is_flag=True, help="Say where it serves as one JSON document on stdout.")
 @option("--debug", is_flag=True, help="Show the traceback of an error.")
-def command(models: tuple[str, ...], *, debug: bool, **asked: object) -> None:
+def command(models: tuple[str, ...], *, debug: bool, as_json: bool, **asked: object) -> None:
     """Serve models over HTTP: health, metadata, inference (JSON and binary tensors), metrics for Prometheus.
 
     \b
@@ -48,20 +49,20 @@ def command(models: tuple[str, ...], *, debug: bool, **asked: object) -> None:
     featherweight serve lite0.onnx --host 0.0.0.0 --token-file token --tls-cert cert.pem --tls-key key.pem
     """
     try:
-        _serve(models, **asked)  # type: ignore[arg-type]  # click has checked each option's type
+        _serve(models, as_json=as_json, **asked)  # type: ignore[arg-type]  # click has checked each option's type
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except (FeatherweightError, MemoryError, OSError) as e:
         if debug:
             raise
-        report_error(e, as_json=False)
+        report_error(e, as_json=as_json)
         sys.exit(ERROR)
 
 
 def _serve(
     arguments: tuple[str, ...], *, host: str, port: int, token_file: Path | None, tls_cert: Path | None,
     tls_key: Path | None, threads: int | None, workers: int, max_batch: int, max_delay: str, queue: int, max_body: str,
-    max_axis: int, drain: str, access_log: bool,
+    max_axis: int, drain: str, access_log: bool, as_json: bool,
 ) -> None:  # fmt: skip
     import asyncio
     import logging
@@ -94,8 +95,14 @@ def _serve(
         http.log_access(app, logging.getLogger("featherweight.access"))
 
     def ready(real_port: int) -> None:
-        shown = f"[{host}]" if ":" in host else host
-        click.echo(f"serving {', '.join(m.name for m in served)} on {'https' if tls else 'http'}://{shown}:{real_port}")
+        url = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{real_port}"
+        if not as_json:
+            click.echo(f"serving {', '.join(m.name for m in served)} on {url}")
+            return
+        from featherweight.report.json import document
+
+        about = [{"name": m.name, "batched": m.batched, "why": m.why} for m in served]
+        click.echo(document("serve", {"url": url, "models": about}))
 
     with contextlib.suppress(asyncio.CancelledError):
         asyncio.run(http.run_until_stopped(app, host, port, tls=tls, drain_s=parse_duration(drain), on_ready=ready))
