@@ -188,6 +188,14 @@ def test_a_measured_size_is_read_off() -> None:
         assert estimator.us(Work("tanh", "float32", (size,)))[0] == pytest.approx(us)
 
 
+def test_extreme_kernels_of_a_file_are_no_trouble() -> None:
+    extreme = [((1, 1, 1), 1e-6), ((2**59, 2**59, 2**59), 1e-6), ((2**59, 1, 1), 1e17), ((1, 2, 3), 1e17)]
+    kernels = tuple(Kernel("matmul", "float32", d, us) for d, us in extreme)
+    us, _ = Estimator(dataclasses.replace(ROOF, kernels=kernels)).us(Work("matmul", "float32", (128, 128, 128)))
+    assert math.isfinite(us)
+    assert us >= 0
+
+
 def test_precisions_stand_in_for_each_other() -> None:
     estimator = Estimator(dataclasses.replace(ROOF, kernels=product_kernels()))
     assert estimator.us(Work("matmul", "int8", (16, 32, 32)))[1] == "measured"

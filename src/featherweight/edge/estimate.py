@@ -158,7 +158,12 @@ class _Fit:
         self.rule, self.block = FEATURES[kind], block
         rows = np.array([self.rule(dims, block) / us for dims, us in points])
         scale = np.maximum(np.abs(rows).max(axis=0), 1e-300)
-        self.costs = nnls(rows / scale, np.ones(len(points)))[0] / scale
+        scaled = rows / scale
+        try:
+            costs = nnls(scaled, np.ones(len(points)))[0]
+        except RuntimeError:  # it went round in circles: one cost for all, in their own units
+            costs = np.full(scaled.shape[1], 1 / max(scaled.sum(axis=1).mean(), 1e-300))
+        self.costs = costs / scale
         self.at = np.log2([dims for dims, _ in points])
         self.residuals = np.log([max(us, 1e-3) / max(self.fitted_us(dims), 1e-3) for dims, us in points])
 

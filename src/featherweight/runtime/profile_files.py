@@ -16,6 +16,7 @@ PROFILE_SCHEMA = 2
 OLDEST_SCHEMA = 1
 PRECISIONS = ("float32", "float16", "int8", "int4")
 MAX_KERNELS = 20_000
+LEAST_US = 1e-6
 KERNEL_DIMS = {"matmul": 3, "conv1x1": 3, "conv": 5, "conv_first": 5, "conv_plain": 5, "depthwise": 4, "attention": 4,
                "lstm": 4, "gru": 4, "softmax": 2, "layernorm": 2, "gather": 2}  # fmt: skip
 """Kinds of kernels with several dims; all others have one, the elements."""
@@ -124,7 +125,7 @@ def _kernel(row: Any) -> bool:
         and isinstance(row[2], list)
         and 1 <= len(row[2]) <= 8
         and all(map(_whole, row[2]))
-        and _number(row[3], above=True)
+        and _number(row[3], LEAST_US)
     )
 
 
@@ -167,7 +168,7 @@ _FIELDS: dict[str, _Field] = {
     ),
     "kernels": (
         _kernels,
-        f"a list of at most {MAX_KERNELS} rows [kind, precision, [dims >= 1], us > 0]",
+        f"a list of at most {MAX_KERNELS} rows [kind, precision, [dims >= 1], us >= {LEAST_US:g}]",
         lambda v: tuple(Kernel(k, p, tuple(d), float(us)) for k, p, d, us in v),
     ),
     "sources": (_sources, "a list of rows [keys, where, YYYY-MM-DD]", lambda v: tuple(Source(*s) for s in v)),
