@@ -32,7 +32,8 @@ WIDTHS = {"ppocr_rec": 8}
 
 def feeds(session: ort.Session, batch: int, length: int, seed: int) -> dict[str, np.ndarray[Any, Any]]:
     """Random inputs of one size: ids below 1000, masks with a short last row."""
-    rng, made = np.random.default_rng(seed), {}
+    rng = np.random.default_rng(seed)
+    made: dict[str, np.ndarray[Any, Any]] = {}
     for info in session.inputs:
         shape = [d if isinstance(d, int) else (batch if i == 0 else length) for i, d in enumerate(info.shape)]
         if info.dtype != "int64":
@@ -73,7 +74,7 @@ class Native(nn.Module):
         for node in graph:
             make = {"Conv": _conv, "Gemm": _linear, "Clip": _relu6, "Add": _add, "GlobalAveragePool": _pool,
                     "Flatten": _flatten, "Relu": _relu}[node.op_type]  # fmt: skip
-            layer = make(node)
+            layer: Any = make(node)
             if isinstance(layer, nn.Module):
                 self._layers.append(layer)
             reads = [str(v.name) for v in node.inputs if v is not None and not v.is_initializer()]
@@ -138,7 +139,7 @@ def _flatten(_node: ir.Node) -> nn.Module:
 def step(run: Callable[[], torch.Tensor]) -> float:
     """Seconds of processor time of one forward and backward."""
     start = time.process_time()
-    run().square().mean().backward()
+    run().square().mean().backward()  # type: ignore[no-untyped-call]
     return time.process_time() - start
 
 

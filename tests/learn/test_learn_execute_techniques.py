@@ -76,7 +76,7 @@ def test_real_networks_are_equal_at_several_sizes_and_every_weight_has_a_gradien
     executor, rng = Executor(model), np.random.default_rng(0)
     assert executor.fenced == ()
     for batch, length in SIZES:
-        feeds = {}
+        feeds: dict = {}
         for info in session.inputs:
             shape = [d if isinstance(d, int) else (batch if i == 0 else length) for i, d in enumerate(info.shape)]
             feeds[info.name] = rng.standard_normal(shape).astype(np.float32)

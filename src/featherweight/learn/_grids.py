@@ -147,7 +147,8 @@ class Vectors(nn.Module):
     def spacing(self, latent: Tensor, book: Tensor) -> Tensor:
         """Spread of the vectors over the count of levels that one column would need: a scale, no exact distance."""
         along_a_column = float(self.levels) ** (1.0 / max(book.shape[-1], 1))
-        return book.detach().to(latent.dtype).std() * (2.0 / along_a_column)
+        spread: Tensor = book.detach().to(latent.dtype).std()
+        return spread * (2.0 / along_a_column)
 
     def codes(self, latent: Tensor, book: Tensor) -> Tensor:
         """Index of the nearest vector of each run: (rows, groups)."""
