@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 _NEWNET = 0x40000000
+_STDIN = 0
 _MOST_QUEUED_S = 0.25  # as in a home router; a packet that would wait longer is dropped
 
 
@@ -111,11 +112,11 @@ def forward(hosts: list[str], cables: list[Cable]) -> None:
     print("ready", flush=True)
     while True:
         wait = max(flying[0][0] - time.monotonic(), 0.0) if flying else 1.0
-        readable, _, _ = select.select([*by_fd, sys.stdin], [], [], wait)
+        readable, _, _ = select.select([*by_fd, _STDIN], [], [], wait)
         now = time.monotonic()
         for source in readable:
-            if source is sys.stdin:
-                _command(sys.stdin.readline(), ways)
+            if source == _STDIN:
+                _commands(os.read(_STDIN, 4096).decode(), ways)
                 continue
             packet = os.read(source, 65536)
             way = ways.get((by_fd[source], by_address.get(packet[16:20], "")))
@@ -134,12 +135,13 @@ def forward(hosts: list[str], cables: list[Cable]) -> None:
                 os.write(way.out, packet)
 
 
-def _command(line: str, ways: dict[tuple[str, str], Way]) -> None:
-    if not line:
+def _commands(text: str, ways: dict[tuple[str, str], Way]) -> None:
+    if not text:
         raise SystemExit
-    word, a, b = line.split()
-    for pair in ((a, b), (b, a)):
-        ways[pair].up = word == "join"
+    for line in text.splitlines():
+        word, a, b = line.split()
+        for pair in ((a, b), (b, a)):
+            ways[pair].up = word == "join"
 
 
 def _tun(host: str) -> int:
