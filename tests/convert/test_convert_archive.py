@@ -20,7 +20,7 @@ from featherweight.convert import archive, to_onnx  # noqa: E402
 from featherweight.errors import ModelError  # noqa: E402
 
 
-class Small(torch.nn.Module):
+class Small(torch.nn.Module):  # type: ignore[name-defined]
     def __init__(self):
         super().__init__()
         self.fc = torch.nn.Linear(4, 4)
