@@ -258,3 +258,41 @@ def test_the_step_of_each_grid_is_known_and_rounded_weights_can_be_fed() -> None
     own = torch.eye(4, requires_grad=True)
     part({"x": torch.ones(1, 4), "w": own, "d": torch.eye(4)})["y"].sum().backward()
     assert own.grad is not None
+
+
+GELUS = {
+    "x (1 + erf) / 2": "a = Mul(x, t) y = Mul(a, half)",
+    "(x / 2) (1 + erf)": "a = Mul(half, x) y = Mul(t, a)",
+    "x ((1 + erf) / 2)": "a = Mul(t, half) y = Mul(x, a)",
+}
+
+
+@pytest.mark.parametrize("form", GELUS)
+@pytest.mark.parametrize("root", ["r = Div(x, sqrt2)", "r = Mul(x, sqrt_half)"])
+def test_a_gelu_in_pieces_is_one_step_and_its_pieces_can_still_be_asked_for(form, root) -> None:
+    text = f"""g (float[N, 4] z) => (float[N, 4] y) {{
+        x = Mul(z, z) {root} e = Erf(r) t = Add(e, one) {GELUS[form]}
+    }}"""
+    weights = {"one": np.float32(1), "half": np.float32(0.5), "sqrt2": np.float32(2**0.5),
+               "sqrt_half": np.float32(0.5**0.5)}  # fmt: skip
+    model = model_of(text, weights)
+    executor = Executor(model)
+    ends = [executor._program.number(executor._find(name)) for name in ("z", "y")]
+    plan = executor._plan(ends[:1], ends[1:])
+    assert len(plan.steps) == 2
+    z = w(3, 4)
+    outputs = executor({"z": torch.from_numpy(z)}, fetch=["t"])
+    expected = ort.session(io.to_bytes(model), optimize=False).run({"z": z})["y"]
+    np.testing.assert_allclose(outputs["y"], expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(outputs["t"], 1 + torch.erf(torch.from_numpy(z * z) / 2**0.5))
+
+
+def test_what_only_looks_like_a_gelu_is_left_as_it_is() -> None:
+    text = """g (float[N, 4] x, float[N, 4] u) => (float[N, 4] y) {
+        r = Div(x, sqrt2) e = Erf(r) t = Add(e, one) a = Mul(u, t) y = Mul(a, half)
+    }"""
+    weights = {"one": np.float32(1), "half": np.float32(0.5), "sqrt2": np.float32(2**0.5)}
+    model = model_of(text, weights)
+    feeds_ = {"x": w(3, 4), "u": w(3, 4)}
+    mine = Executor(model)({k: torch.from_numpy(v) for k, v in feeds_.items()})["y"]
+    np.testing.assert_allclose(mine, ort.session(io.to_bytes(model)).run(feeds_)["y"], rtol=1e-5, atol=1e-6)

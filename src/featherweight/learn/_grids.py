@@ -148,7 +148,7 @@ class Vectors(nn.Module):
         """Spread of the vectors over the count of levels that one column would need: a scale, no exact distance."""
         along_a_column = float(self.levels) ** (1.0 / max(book.shape[-1], 1))
         spread: Tensor = book.detach().to(latent.dtype).std()
-        return spread * (2.0 / along_a_column)
+        return spread.mul(2.0 / along_a_column)
 
     def codes(self, latent: Tensor, book: Tensor) -> Tensor:
         """Index of the nearest vector of each run: (rows, groups)."""

@@ -13,12 +13,14 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from featherweight.core import Note
 from featherweight.errors import FeatherweightError, ModelError, RunError
 from featherweight.graph import surgery
 from featherweight.learn import _tensors
 from featherweight.learn._fence import Fence
+from featherweight.learn._fusing import gelu_argument
 from featherweight.learn.ops import Call, Kernel, find
 from featherweight.learn.ops.quantizing import fused_quantize
 from featherweight.learn.ops.registry import describe
@@ -193,6 +195,9 @@ class Program:
         if fused is not None:
             quantize = self._calls[fused]
             return fused_quantize(quantize), tuple(self.number(v) for v in fused.inputs), True
+        x = gelu_argument(node, self._scalar)
+        if x is not None:
+            return functional.gelu, (self.number(x),), True
         try:
             return form.build(call), inputs, node.op_type not in surgery.RANDOM_OPS
         except ModelError as e:
@@ -213,6 +218,10 @@ class Program:
             return None
         pairs = list(zip(_padded(node), _padded(before), strict=True))[1:]
         return before if all(self._same(a, b) for a, b in pairs) else None
+
+    def _scalar(self, value: ir.Value) -> float | None:
+        found = self.constants.get(self.number(value))
+        return float(found.item()) if found is not None and found.numel() == 1 else None
 
     def _same(self, a: ir.Value | None, b: ir.Value | None) -> bool:
         left, right = self.constants.get(self.number(a)), self.constants.get(self.number(b))
