@@ -128,6 +128,6 @@ def _moved(x: Array, augment: Augment, rng: np.random.Generator) -> Array:
 
 def mixed(feeds: dict[str, Array], rng: np.random.Generator) -> dict[str, Array]:
     """Each image and its follower in the batch added up with one random weight, at least a half."""
-    weight = float(rng.beta(MIXING, MIXING))
-    weight = np.float32(max(weight, 1 - weight))
+    drawn = float(rng.beta(MIXING, MIXING))
+    weight = np.float32(max(drawn, 1 - drawn))
     return {n: (weight * x + (1 - weight) * np.roll(x, 1, axis=0)).astype(x.dtype) for n, x in feeds.items()}

@@ -112,7 +112,7 @@ def distill(
         raise TypeError(f"unknown argument {unknown[0]!r}; known: {', '.join(sorted(known))}")
     if isinstance(asked.get("stages"), str):
         asked["stages"] = tuple(s.strip() for s in asked["stages"].split(",") if s.strip())
-    given = {k: tuple(v) if k == "stages" else v for k, v in asked.items() if v is not None}
+    given: dict[str, Any] = {k: tuple(v) if k == "stages" else v for k, v in asked.items() if v is not None}
     seconds = None if time_budget is None else parse_duration(time_budget)
     if seconds is None and given.get("max_steps") is None:
         seconds = parse_duration(DEFAULT_TIME)

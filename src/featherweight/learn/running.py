@@ -42,7 +42,7 @@ VALIDATION = 0.12
 #: Share of the time that goes to the blocks where both stages are asked for.
 LAYERS_TIME = 0.3
 #: Highest learning rates relative to the size of each weight, and the weight of inner tensors.
-RATE_LAYERS, RATE_END, FEATURES = 1e-3, 1e-3, 1.0
+RATE_LAYERS, RATE_END, FEATURES = 1e-3, 5e-4, 1.0
 #: Of the time budget, for measuring at the end; at least this many seconds.
 PROOF_SHARE, PROOF_S = 0.04, 5.0
 
@@ -231,7 +231,8 @@ class Run:
         self._started = time.monotonic()
         with torch.no_grad():
             for name, p in self.student.parameters().items():
-                p.copy_(saved.tensors.get(f"student/{name}", saved.tensors.get(f"now/{name}")))
+                own = f"student/{name}"
+                p.copy_(saved.tensors[own if own in saved.tensors else f"now/{name}"])
 
     def _keeper(self, stage: str, block: int, done: Sequence[Stage]) -> Any:
         return StageKeeper(self, stage, block, done)

@@ -79,7 +79,8 @@ class Student:
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """All that is trained, by name."""
-        return self.executor.parameters_by_name()
+        found: dict[str, torch.nn.Parameter] = self.executor.parameters_by_name()
+        return found
 
     def units(self) -> dict[str, Tensor]:
         """What a learning rate of 1 moves each weight by."""

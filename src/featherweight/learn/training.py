@@ -225,8 +225,9 @@ class Trainer:
         if self._keeper is None:
             return
         self._state.seconds = self._seconds()
-        named = {"now": dict(self._work.parameters), "best": self._best, "average": self._average}
-        named["fixed"] = dict(self._work.fixed)
+        named: dict[str, Mapping[str, Tensor]] = {
+            "now": self._work.parameters, "best": self._best, "average": self._average, "fixed": self._work.fixed
+        }  # fmt: skip
         tensors = {f"{kind}/{n}": x.detach() for kind, many in named.items() for n, x in many.items()}
         self._keeper.write(self._state.to_json(), tensors | self._adam.state())
         self._written = time.monotonic()

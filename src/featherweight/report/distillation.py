@@ -27,8 +27,7 @@ from featherweight.report.terminal import Column, Grid, heading, indented, lines
 from featherweight.report.text import note_parts
 
 if TYPE_CHECKING:
-    from featherweight.learn.result import Distilled, Stage
-    from featherweight.learn.training import Point
+    from featherweight.learn.result import Distilled, Point, Stage
 
 WIDTH, HEIGHT = 760, 300
 LEFT, RIGHT, TOP, BOTTOM = 76, 24, 16, 48

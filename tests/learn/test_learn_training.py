@@ -1,0 +1,180 @@
+"""The small parts of distillation: schedule, stopping, losses, optimiser, places, augmentation, memory."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from featherweight.data import open_data  # noqa: E402
+from featherweight.data.dataset import InputSpec  # noqa: E402
+from featherweight.errors import BudgetError, DataError  # noqa: E402
+from featherweight.learn import augment, losses  # noqa: E402
+from featherweight.learn.losses import Projection, Target  # noqa: E402
+from featherweight.learn.optimiser import Adam, unit_of  # noqa: E402
+from featherweight.learn.schedule import Schedule, first_plan  # noqa: E402
+from featherweight.learn.stopping import Watch  # noqa: E402
+from featherweight.learn.student import Footprint, fit_memory  # noqa: E402
+from featherweight.runtime import metrics  # noqa: E402
+
+
+def test_schedule_warms_up_then_falls_as_a_cosine() -> None:
+    plan = Schedule(steps=100, warmup=4)
+    rates = [plan.rate(s) for s in range(100)]
+    assert rates[0] == pytest.approx(0.2)
+    assert max(rates) == rates[4]
+    assert all(a > b for a, b in itertools.pairwise(rates[5:]))
+    # Half way a half cosine is at the middle between its ends.
+    assert plan.rate(50) == pytest.approx((1 + 0.01) / 2)
+
+
+def test_schedule_stretched_has_no_jump_and_ends_at_the_floor() -> None:
+    plan = Schedule(steps=100, warmup=0)
+    new = plan.stretched(40, 70)
+    assert new.rate(40) == pytest.approx(plan.rate(40))
+    assert new.done(70) == pytest.approx(1.0)
+    assert plan.stretched(40, 10_000).steps == 40 + 120  # at most doubled
+    assert Schedule.from_json(json.loads(json.dumps(new.to_json()))) == new
+
+
+def test_first_plan_fits_time_and_limit() -> None:
+    assert first_plan(100.0, 0.5).steps == 200
+    assert first_plan(100.0, 0.5, most=30).steps == 30
+    assert first_plan(math.inf, 1.0, most=7).steps == 7
+    assert first_plan(0.1, 5.0).steps == 1
+
+
+def test_watch_keeps_the_best_and_counts_from_there() -> None:
+    watch = Watch()
+    for step, loss in enumerate([3.0, 2.0, math.nan, 2.5]):
+        watch = watch.seen(step, loss)
+    assert (watch.best, watch.best_step, watch.since) == (2.0, 1, 2)
+    assert Watch.from_json(json.loads(json.dumps(watch.to_json()))) == watch
+    assert Watch.from_json(json.loads(json.dumps(Watch().to_json()))) == Watch()
+
+
+def test_divergence_is_the_sum_by_hand() -> None:
+    student, teacher = torch.tensor([[0.0, 1.0]], dtype=torch.float64), torch.tensor([[2.0, 0.0]], dtype=torch.float64)
+    t = 2.0
+    p, q = (np.exp(x / t) / np.exp(x / t).sum() for x in (np.array([2.0, 0.0]), np.array([0.0, 1.0])))
+    by_hand = t * t * float((p * np.log(p / q)).sum())
+    assert float(losses.divergence(student, teacher, axis=1, temperature=t)) == pytest.approx(by_hand)
+    as_probabilities = [torch.softmax(x, 1) for x in (student, teacher)]
+    same = losses.divergence(*as_probabilities, axis=1, temperature=t, probabilities=True)
+    assert float(same) == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_losses_are_zero_for_equal_answers_and_one_for_none() -> None:
+    x = torch.randn(4, 7)
+    assert float(losses.relative(x, x)) == 0
+    assert float(losses.relative(torch.zeros_like(x), x)) == pytest.approx(1, rel=1e-5)
+    assert float(losses.embedding(3 * x, x)) == pytest.approx(0, abs=1e-6)
+    # Other widths: only the relations between samples can be compared.
+    assert float(losses.embedding(torch.cat([x, torch.zeros(4, 2)], 1), x)) == pytest.approx(0, abs=1e-6)
+
+
+def test_masked_positions_do_not_count() -> None:
+    target = Target("h", "values", 2, "")
+    teacher = torch.randn(2, 3, 4)
+    student = teacher.clone()
+    student[:, 2] = 100
+    mask = torch.tensor([[1, 1, 0], [1, 1, 0]])
+    assert float(losses.output_loss(target, student, teacher, temperature=1, mask=mask)) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "metric", "kind"),
+    [
+        ("logits", np.random.default_rng(0).normal(size=(2, 10)), "agreement", "logits"),
+        ("y", np.random.default_rng(0).normal(size=(2, 10)), "accuracy", "logits"),
+        ("y", np.random.default_rng(0).normal(size=(2, 10)), "cosine", "embedding"),
+        ("y", np.full((2, 5, 4), 0.25), "agreement", "probabilities"),
+        ("boxes", np.random.default_rng(0).normal(size=(2, 3, 8, 8)), "sqnr", "values"),
+        ("last_hidden_state", np.random.default_rng(0).normal(size=(2, 5, 8)), "cosine", "embedding"),
+    ],
+)
+def test_the_loss_follows_what_the_output_is(name: str, value: np.ndarray, metric: str, kind: str) -> None:
+    (chosen,) = losses.choose({name: value.astype(np.float32)}, metrics.get(metric))
+    assert chosen.kind == kind
+    assert chosen.why
+
+
+def test_the_loss_can_be_asked_for_and_refused() -> None:
+    outputs = {"y": np.zeros((2, 3), np.float32)}
+    assert losses.choose(outputs, metrics.get("cosine"), "mse")[0].kind == "values"
+    with pytest.raises(DataError, match="loss must be one of"):
+        losses.choose(outputs, metrics.get("cosine"), "hinge")
+    with pytest.raises(DataError, match="floats"):
+        losses.choose({"y": np.zeros((2, 3), np.int64)}, metrics.get("agreement"))
+
+
+def test_projection_finds_the_channels_that_are_left() -> None:
+    torch.manual_seed(0)
+    teacher = torch.randn(2, 6, 5, 5)
+    mix = torch.randn(6, 4)
+    student = torch.einsum("nchw,cd->ndhw", teacher, mix)
+    projection = Projection(1)
+    with pytest.raises(DataError, match="fitted"):
+        projection(student)
+    back = torch.einsum("ndhw,de->nehw", student, torch.randn(4, 6)) + 1
+    projection.fit(student, back, ridge=1e-9)
+    assert torch.allclose(projection(student), back, atol=1e-3)
+
+
+def test_adam_takes_the_steps_of_torch() -> None:
+    torch.manual_seed(1)
+    ours, theirs = (torch.nn.Parameter(torch.ones(3, 2)) for _ in range(2))
+    adam = Adam({"w": ours}, {"w": torch.tensor(1.0)}, decay=0.1)
+    reference = torch.optim.AdamW([theirs], lr=0.01, betas=(0.9, 0.99), eps=0, weight_decay=0.1)
+    for _ in range(5):
+        gradient = torch.randn(3, 2)
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        adam.step(0.01)
+        reference.step()
+    assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_steps_are_relative_to_each_channel() -> None:
+    weight = torch.tensor([[100.0, 100.0], [1e-6, 1e-6], [1.0, -1.0]])
+    unit = unit_of(weight)
+    assert unit.shape == (3, 1)
+    assert float(unit[0]) == pytest.approx(100.0)
+    assert float(unit[1]) == pytest.approx(0.1 * float(weight.square().mean().sqrt()))
+
+
+def test_memory_is_fitted_by_halving_then_recomputing_then_refused() -> None:
+    mark = Footprint(weights=0, sample=1000 << 20, kept=100 << 20, before=0)
+    assert fit_memory(mark, 16, None).micro == 16
+    assert fit_memory(mark, 16, 6000 << 20).micro == 4
+    tight = fit_memory(mark, 16, 700 << 20)
+    assert tight.recompute
+    assert tight.micro == 4
+    with pytest.raises(BudgetError, match="--max-memory is"):
+        fit_memory(mark, 16, 50 << 20)
+
+
+def test_augmentation_suits_the_data(tmp_path: Path) -> None:
+    spec = InputSpec("x", np.dtype(np.float32), ("n", 3, 8, 8))
+    images = np.random.default_rng(0).normal(size=(6, 3, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "a.npz", x=images)
+    data = open_data(tmp_path / "a.npz", [spec])
+    assert str(augment.parse("auto", data)) == "none"
+    how = augment.parse("flip,crop", data)
+    drawn = [augment.read(data, (1, 4), how, np.random.default_rng(s))["x"] for s in (3, 3, 4)]
+    assert np.array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[0], drawn[2])
+    assert drawn[0].shape == (2, 3, 8, 8)
+    flipped = augment.read(data, (0,), augment.Augment(flip=True), np.random.default_rng(0))["x"][0]
+    assert any(np.array_equal(flipped, x) for x in (images[0], images[0][:, :, ::-1]))
+    mixed = augment.mixed({"x": images}, np.random.default_rng(0))["x"]
+    assert mixed.shape == images.shape
+    np.savez(tmp_path / "b.npz", x=np.zeros((4, 5), np.float32))
+    table = open_data(tmp_path / "b.npz", [InputSpec("x", np.dtype(np.float32), ("n", 5))])
+    with pytest.raises(DataError, match="for images"):
+        augment.parse("flip", table)
