@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from featherweight.edge import cuts, mincut, split
+from featherweight.edge import cuts, listing, mincut, split
 from featherweight.edge.listing import compare_halves, list_cuts
 from featherweight.errors import ModelError, OutputError
 from featherweight.graph import encode, io, surgery
@@ -348,6 +348,26 @@ def test_types_the_inference_does_not_know_are_asked_of_the_runtime(tmp_path: Pa
     onnx.save(helper.make_model(graph, opset_imports=imports, ir_version=10), path)
     (made,) = check_every_cut(path, {"x": RNG.normal(size=(2, 4)).astype(np.float32)}, tmp_path)
     assert [(t.name, t.dtype) for t in made.wire] == [("a", "float32")]
+
+
+def test_a_half_that_computes_something_else_is_found(tmp_path: Path) -> None:
+    path = chain(tmp_path)
+    made = split.split(path, "b", tmp_path / "out")
+    tail = io.load(made.tail)
+    value = tail.graph.initializers["w1"]
+    surgery.set_initializer(value, surgery.constant(value) * np.float32(1.01))
+    io.save(tail, made.tail)
+    with pytest.raises(ModelError, match="must equal the whole, but differ by"):
+        compare_halves(path, made)
+
+
+def test_halves_that_round_differently_are_compared_without_fusions(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {True: (1, 0.5, 0.02, False), False: (1, 0.0, 0.0, True)}
+    monkeypatch.setattr(listing, "_difference", lambda *_, optimize: found[optimize])
+    check = listing.Check(*listing._compared("whole", "head", "tail", [], {}, {}))
+    assert (check.equal, check.relative, check.as_written) == (True, 0.02, 0.0)
+    found[False] = (1, 0.5, 0.02, False)
+    assert not listing.Check(*listing._compared("whole", "head", "tail", [], {}, {})).equal
 
 
 def test_a_hundred_thousand_cuts_are_enough(tmp_path: Path) -> None:

@@ -292,6 +292,11 @@ def _ordered(
                 heapq.heappush(ready, (position[members[b][-1]], b))
 
 
+def _symbol(name: str | None) -> str | None:
+    """A symbolic size's name, None for those that inference made up."""
+    return None if name is None or name.startswith("unk__") else name
+
+
 class _Builder:
     """Numbers tensors as they are met."""
 
@@ -330,7 +335,7 @@ class _Builder:
         if exact is None:
             self.unknown.add(name)
         nbytes, wire = grouping.tensor_bytes(exact, dtype)
-        dims = None if shape is None else tuple(d if isinstance(d, int) else d.value for d in shape)
+        dims = None if shape is None else tuple(d if isinstance(d, int) else _symbol(d.value) for d in shape)
         return Tensor(
             name, dtype, dims, nbytes, wire, value in self._inputs, value.is_graph_output(), value in self._raw
         )
