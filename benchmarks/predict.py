@@ -14,19 +14,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import shutil
 import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from benchmarks import turns
 from featherweight.core import Profile
 from featherweight.edge.predict import latency_of_file
 from featherweight.edge.profiles import measure_profile, save_profile
@@ -146,26 +144,6 @@ def compressed(source: Path, technique: str, feeds: Feeds, folder: Path) -> Path
     return folder / "model.onnx"
 
 
-_sessions: list[tuple[Any, Feeds, list[float]]] = []
-
-
-def _open(path: str, feeds: Feeds) -> None:
-    """In the child."""
-    _sessions.append((ort.session(path), feeds, [math.inf, math.inf]))
-
-
-def _turns(rounds: int) -> list[list[float]]:
-    """In the child: least processor and wall time of each network, in ms, after `rounds` more turns."""
-    for _ in range(rounds):
-        for session, feeds, best in _sessions:
-            session.run(feeds)
-            cpu, wall = time.thread_time_ns(), time.perf_counter_ns()
-            session.run(feeds)
-            best[0] = min(best[0], (time.thread_time_ns() - cpu) / 1e6)
-            best[1] = min(best[1], (time.perf_counter_ns() - wall) / 1e6)
-    return [best for _, _, best in _sessions]
-
-
 def least(first: Profile, second: Profile) -> Profile:
     """One profile of two of the same machine: the less of each figure that is a time, the more of each rate."""
     known = {(k.kind, k.precision, k.dims): k for k in second.kernels}
@@ -181,9 +159,9 @@ def run(found: list[Case], rounds: int, seconds: float, profile: Path | None) ->
     before = load_profile(profile) if profile else measure_profile(seconds=seconds)
     with Worker(cpus=quiet_cpus(1)) as worker:
         for case in found:
-            worker.call(_open, str(case.path), case.feeds)
+            worker.call(turns.open_network, str(case.path), case.feeds)
         for _ in range(rounds):
-            times = worker.call(_turns, 1)
+            times = worker.call(turns.take_turns, 1)
     here = before if profile else least(before, measure_profile(seconds=seconds))
     rows = []
     for case, (cpu, wall) in zip(found, times, strict=True):
