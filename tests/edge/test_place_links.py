@@ -25,9 +25,12 @@ def test_a_large_message_starts_slowly() -> None:
 
 
 def test_loss_bounds_the_rate_as_mathis_says() -> None:
-    # sqrt(1.5) * 1460 B / (100 ms * sqrt(0.01)) = 178.81 B/ms, whatever the link could do.
+    # sqrt(1.5) * 1460 B / (100 ms * sqrt(0.01)) = 178.81 B/ms, whatever the link could do: of 100 segments one is lost.
+    # 17,881 B in flight fill that, so one window of 14,600 B goes before.
     rate = math.sqrt(1.5) * 1460 / (100 * 0.1)
-    assert push_ms(1_460, 1000.0, 100.0, 0.01) == pytest.approx(1_460 / rate)
+    assert push_ms(146_000, 1000.0, 100.0, 0.01) == pytest.approx(100 + (146_000 - 14_600) / rate)
+    # A short transfer most likely loses nothing.
+    assert push_ms(14_600, 1000.0, 100.0, 0.01) == pytest.approx(14_600 / 125_000)
 
 
 def test_lost_segments_cost_a_round_trip() -> None:

@@ -2,8 +2,9 @@
 
 One call on an open connection takes  rtt + up + down, each of up and down being the time to push the bytes through:
 a window of 10 segments (RFC 6928) doubles each round trip until it fills the link (slow start, as after idling), from
-then on the link's rate holds, or  1.22 * segment / (rtt * sqrt(loss))  where loss makes that smaller (Mathis 1997). A
-call with a lost segment waits one round trip more. Outages are no latency: they are calls that get no answer.
+then on the link's rate holds. A transfer so long that a loss is to be expected goes at no more than what losses leave,
+1.22 * segment / (rtt * sqrt(loss))  (Mathis 1997). A call with a lost segment waits one round trip more. Outages are no
+latency: they are calls that get no answer.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Link:
 def push_ms(nbytes: float, mbit_s: float, rtt_ms: float, loss: float = 0.0) -> float:
     """Milliseconds until the last byte is sent, see the module's text."""
     per_ms = mbit_s * 125.0
-    if loss > 0 and rtt_ms > 0:
+    if rtt_ms > 0 and nbytes * loss >= SEGMENT_BYTES:
         per_ms = min(per_ms, _MATHIS * SEGMENT_BYTES / (rtt_ms * math.sqrt(loss)))
     left, window, spent = float(nbytes), float(FIRST_WINDOW), 0.0
     while left > window and window < per_ms * rtt_ms:
