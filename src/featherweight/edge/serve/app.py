@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -221,10 +221,17 @@ def _read_request(model: Model, body: bytes, json_length: str | None) -> tuple[M
     identity = message.header.get("id")
     if identity is not None and (not isinstance(identity, str) or len(identity) > _MAX_ID):
         raise ProtocolError(f"'id' must be text of at most {_MAX_ID} characters")
-    if not isinstance(message.header.get("parameters") or {}, dict):
-        raise ProtocolError("'parameters' must be an object")
+    _parameters(message.header)
     rows = model.check({g.name: (g.datatype, g.shape) for g in message.tensors})
     return message, rows
+
+
+def _parameters(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The parameters of a message or tensor; absent and null mean none. Raises RequestError(400)."""
+    found = entry.get("parameters")
+    if found is not None and not isinstance(found, dict):
+        raise RequestError(400, "'parameters' must be an object")
+    return found or {}
 
 
 def _read_values(message: Message) -> dict[str, Array]:
@@ -246,7 +253,7 @@ def _value(given: Given) -> Array:
 def _wanted_outputs(message: Message, model: Model) -> dict[str, bool]:
     """Names of the outputs to send, each with whether as bytes. Raises RequestError(400) for one that is not there."""
     known = [o.name for o in model.outputs]
-    default = (message.header.get("parameters") or {}).get("binary_data_output", False) is True
+    default = _parameters(message.header).get("binary_data_output", False) is True
     listed = message.header.get("outputs")
     if listed is None or listed == []:
         return dict.fromkeys(known, default)
@@ -254,11 +261,11 @@ def _wanted_outputs(message: Message, model: Model) -> dict[str, bool]:
         raise RequestError(400, "'outputs' must be a list of objects with a name")
     wanted: dict[str, bool] = {}
     for entry in listed:
-        name, parameters = entry.get("name"), entry.get("parameters") or {}
+        name, parameters = entry.get("name"), _parameters(entry)
         if not isinstance(name, str) or name not in known:
             raise RequestError(400, f"model {model.name} has the outputs {known}, but another one was asked for")
-        if name in wanted or not isinstance(parameters, dict):
-            raise RequestError(400, f"output {name!r} must be listed once, its parameters as an object")
+        if name in wanted:
+            raise RequestError(400, f"output {name!r} must be listed once, but is listed again")
         if "classification" in parameters:
             raise RequestError(400, "the classification extension is not offered; take the values themselves")
         wanted[name] = parameters.get("binary_data", default) is True
