@@ -30,7 +30,7 @@ from featherweight.runtime import ort
 ModelSource = str | Path | bytes | ort.Session
 Source = Literal["local", "split", "remote", "cache"]
 
-_PROBE_MOST_S = 10.0
+_PROBE_MOST_S = 5.0
 _STANDBY = 1.3
 """The local model starts this many times its usual duration before the deadline."""
 _LOOK_S = 0.1
@@ -90,7 +90,7 @@ class Offload:
         in_flight: requests at the server at once; more run locally.
         cache: answers kept for repeated inputs; 0: none.
         cache_bytes, cache_ttl_s: bounds of what is kept.
-        probe_s: time between looks at a link that is down; it grows to 10 s while the link stays down.
+        probe_s: time between looks at a link that is down; it grows to 5 s while the link stays down.
         refresh_s: time between measurements, with inputs of zeros, of ways not in use.
         plain_token: allow the token over http to another machine.
 
@@ -322,7 +322,7 @@ class Offload:
                 refreshed = time.monotonic()
                 pause_s = self._probe_s / 4
             else:
-                pause_s = min(max(1.5 * pause_s, self._probe_s), _PROBE_MOST_S)
+                pause_s = min(max(1.25 * pause_s, self._probe_s), _PROBE_MOST_S)
 
     def _look(self, usual_s: float) -> None:
         """Ask a server whose answer is late for its health; if that does not come either, the link is down."""
