@@ -54,6 +54,7 @@ def test_compress_passes_everything_on(pipeline: Any, run: Run, tmp_path: Path) 
         --minimize latency --techniques static_int8,palette --keep-float /head/* --keep-float stem --preprocess lite0
         --tokenizer t.json --batch-size 4 --target portable --threads 2 --time-budget 10m --seed 7 --resume
         --save-anyway --max-candidates 5 --target-token-file token --target-ca ca.pem
+        --recover distill
     """.split()  # noqa: SIM905  # reads like the command line it is
     shown = run("compress", "m.onnx", "--data", "d.npz", *options, "-o", str(tmp_path / "run"))
     assert shown.exit_code == 0, shown.output
@@ -77,6 +78,7 @@ def test_compress_passes_everything_on(pipeline: Any, run: Run, tmp_path: Path) 
         "profile": "portable",
         "target_token_file": Path("token"),
         "target_ca": Path("ca.pem"),
+        "recover": "distill",
         "threads": 2,
         "time_budget": "10m",
         "seed": 7,
