@@ -94,6 +94,20 @@ def test_tls_by_certificate_files(tmp_path, certificate):
         access.client_tls(tmp_path / "absent.pem")
 
 
+def test_offload_over_tls_trusts_only_whom_it_is_told_to(tmp_path, certificate):
+    import featherweight as fw
+
+    cert, key, _ = certificate
+    with serving.serving([serving.tail(tmp_path)], token=TOKEN, tls=access.server_tls(cert, key)) as running:
+        told = {"tail": "tail", "fallback": serving.whole(tmp_path), "token": TOKEN, "deadline": "10s", "probe_s": 0.02}
+        with fw.Offload(serving.head(tmp_path), running.url, ca=cert, **told) as model:
+            assert model.wait_until_up(10)
+            assert model.ask({"image": serving.image()}).source == "split"
+        with fw.Offload(serving.head(tmp_path), running.url, **told) as model:
+            assert not model.wait_until_up(0.2)
+            assert model.ask({"image": serving.image()}).source == "local"
+
+
 def test_the_access_log_has_no_secrets(tmp_path, caplog):
     with (
         caplog.at_level(logging.INFO, "test.access"),
