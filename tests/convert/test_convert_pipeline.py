@@ -19,7 +19,7 @@ from featherweight.graph import io  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def net() -> torch.nn.Module:
+def net() -> torch.nn.Module:  # type: ignore[name-defined]
     torch.manual_seed(0)
     torch.set_num_threads(1)
     return torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
