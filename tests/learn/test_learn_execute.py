@@ -105,11 +105,14 @@ def test_what_is_trained_are_weights_and_only_those_that_were_chosen() -> None:
         [p] q = Pow(s, two)
         [m] t = Where(mask, q, fill)
         [g] e = MatMul(t, w)
-        [add] y = Add(e, bias)
+        [add] f = Add(e, bias)
+        [attend] k = Add(f, far)
+        [switch] y = MatMul(k, triangle)
     }"""
     weights = {"gamma": w(4), "beta": w(4), "mean": w(4), "var": np.ones(4, np.float32), "low": np.float32(-1),
                "high": np.float32(1), "eight": np.float32(8), "two": np.float32(2), "w": w(4, 4), "bias": w(4),
-               "mask": np.array([True, False, True, True]), "fill": np.full(4, -np.inf, np.float32)}  # fmt: skip
+               "mask": np.array([True, False, True, True]), "far": np.array([[0, -3.4e38, 0, 0]], np.float32),
+        "triangle": np.tril(np.ones((4, 4), np.float32)), "fill": np.full(4, -np.inf, np.float32)}  # fmt: skip
     model = model_of(text, weights)
     assert set(Executor(model).parameters_by_name()) == {"gamma", "beta", "w", "bias"}
     assert set(Executor(model, trainable=lambda name: name == "bias").parameters_by_name()) == {"bias"}

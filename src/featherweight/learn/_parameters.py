@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -23,11 +24,14 @@ _SETTINGS: dict[str, tuple[int, ...]] = {
     "Clip": (1, 2), "Resize": (1, 2, 3), "Upsample": (1,), "Pad": (2,), "BatchNormalization": (3, 4),
     "QuantizeLinear": (1, 2), "DequantizeLinear": (1, 2), "Pow": (1,), "Range": (0, 1, 2), "OneHot": (1, 2),
     "Dropout": (1,), "Where": (0,), "QLinearMatMul": (1, 4, 6), "QLinearConv": (1, 4, 6), "MatMulNBits": (2, 3),
+    "LSTM": (5, 6), "GRU": (5,), "RNN": (5,),
 }  # fmt: skip
 """Inputs that set how an operator works, or are statistics: stored floats, but no weights."""
 _WEIGHING = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN", "BatchNormalization",
                        "LayerNormalization", "InstanceNormalization", "GroupNormalization", "Gather"})  # fmt: skip
 NARROW = (torch.float16, torch.bfloat16)
+MASK_FROM = 1e9
+"""No weight is as large; what attention masks add is."""
 MIN_ZEROS = 0.05
 """From this share of zeros on, a weight of two or more axes counts as pruned."""
 
@@ -135,7 +139,15 @@ def _is_weight(value: ir.Value, nodes: set[ir.Node]) -> bool:
     readers = [n for n, i in value.uses() if n in nodes and i not in _SETTINGS.get(n.op_type, ())]
     if not readers or (tensor.size == 1 and not any(n.op_type in _WEIGHING for n in readers)):
         return False
-    return bool(np.isfinite(np.asarray(tensor.numpy()).astype(np.float32)).all())
+    return not _is_mask(np.asarray(tensor.numpy()).astype(np.float32))
+
+
+def _is_mask(values: npt.NDArray[np.float32]) -> bool:
+    """True for constants that switch off: infinite or as good as that, or a matrix of nothing but 0 and 1."""
+    if not np.isfinite(values).all() or np.abs(values).max() >= MASK_FROM:
+        return True
+    ones = values == 1
+    return values.ndim > 1 and bool(ones.any()) and bool(((values == 0) | ones).all()) and not bool(ones.all())
 
 
 def _is_float(value: ir.Value) -> bool:
