@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--judge", choices=("dev", "test"), default="test")
     parser.add_argument("--student", default="layers=3")
-    parser.add_argument("--rate", type=float, default=3e-3)
+    parser.add_argument("--rate", type=float, default=1e-2)
     parser.add_argument("--features", type=float, default=1.0)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--turns", type=int, default=40)

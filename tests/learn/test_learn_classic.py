@@ -112,6 +112,7 @@ def compare(
     side: int,
     steps: tuple[int, int],
     inner: int,
+    noise: float,
 ):
     """(accuracy of teacher, student alone, student distilled, student of shuffled answers), the distilled student.
 
@@ -120,12 +121,12 @@ def compare(
     helps the teacher, helps the lone student as well.
     """
     large = Executor(io.load(network(folder / "teacher.onnx", seed, side=side, channels=(16, 32), hidden=128)))
-    train(large, x[few], y[few], by_labels, seed=seed, steps=steps[0], rate=5e-3, noise=0.2)
+    train(large, x[few], y[few], by_labels, seed=seed, steps=steps[0], rate=5e-3 if noise else 3e-3, noise=noise)
     small = network(folder / "student.onnx", 100 + seed, side=side, channels=(), hidden=inner)
     alone, taught, misled = (Executor(io.load(small)) for _ in range(3))
     given = answers(large, x[pool])
     rate = 0.24 / side
-    train(alone, x[few], y[few], by_labels, seed=seed, steps=steps[1], rate=rate, noise=0.2)
+    train(alone, x[few], y[few], by_labels, seed=seed, steps=steps[1], rate=rate, noise=noise)
     train(taught, x[pool], given, by_teacher, seed=seed, steps=steps[1], rate=rate)
     train(misled, x[pool], given.roll(1, 0), by_teacher, seed=seed, steps=steps[1], rate=rate)
     return [right(e, x[test], y[test]).mean() for e in (large, alone, taught, misled)], taught
@@ -140,7 +141,9 @@ def runs(tmp_path_factory):
     for seed in range(SEEDS):
         x, y = digits(seed)
         test, pool, few = slice(0, TEST), slice(TEST, None), slice(TEST, TEST + LABELLED)
-        row, taught = compare(folder, seed, x, y, few=few, pool=pool, test=test, side=8, steps=(200, 300), inner=8)
+        row, taught = compare(
+            folder, seed, x, y, few=few, pool=pool, test=test, side=8, steps=(200, 300), inner=8, noise=0.2
+        )
         rows.append(row)
     io.save(taught.write_back(io.load(folder / "student.onnx")), folder / "taught.onnx")
     return np.array(rows), folder, x[test], answers(taught, x[test])
