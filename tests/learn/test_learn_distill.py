@@ -23,11 +23,19 @@ from featherweight.graph import io  # noqa: E402
 SIDE, CLASSES = 12, 5
 
 
-def network(path: Path, seed: int, width: int = 8, noise: float = 0.0, levels: int = 0) -> Path:
+def deeper(i: int, source: str) -> list[onnx.NodeProto]:
+    conv = helper.make_node(
+        "Conv", [source, f"e{i}.w", f"e{i}.b"], [f"e{i}"], f"conv_e{i}", kernel_shape=[3, 3], pads=[1, 1, 1, 1]
+    )
+    return [conv, helper.make_node("Relu", [f"e{i}"], [f"re{i}"], f"relu_e{i}")]
+
+
+def network(path: Path, seed: int, width: int = 8, noise: float = 0.0, levels: int = 0, deep: int = 0) -> Path:
     """A small classifier (n, 3, 12, 12) -> (n, 5); `noise` is added to weights, which may be rounded to a grid."""
     rng = np.random.default_rng(seed)
     extra = np.random.default_rng(seed + 100)
     sizes = {"a.w": (width, 3, 3, 3), "b.w": (width, width, 3, 3), "c.w": (width, width, 3, 3), "d.w": (CLASSES, width)}
+    sizes = {**sizes, **{f"e{i}.w": (width, width, 3, 3) for i in range(deep)}}
     stored = []
     for name, shape in sizes.items():
         w = rng.normal(size=shape) * 1.4 / np.sqrt(np.prod(shape[1:]))
@@ -52,7 +60,8 @@ def network(path: Path, seed: int, width: int = 8, noise: float = 0.0, levels: i
         helper.make_node("Conv", ["rb", "c.w", "c.b"], ["c"], "conv_c", **pads),
         helper.make_node("Add", ["c", "ra"], ["sum"], "add"),
         helper.make_node("Relu", ["sum"], ["rs"], "relu_s"),
-        helper.make_node("GlobalAveragePool", ["rs"], ["pool"], "pool"),
+        *(n for i in range(deep) for n in deeper(i, "rs" if i == 0 else f"re{i - 1}")),
+        helper.make_node("GlobalAveragePool", [f"re{deep - 1}" if deep else "rs"], ["pool"], "pool"),
         helper.make_node("Flatten", ["pool"], ["flat"], "flat"),
         helper.make_node("Gemm", ["flat", "d.w", "d.b"], ["logits"], "gemm", transB=1),
     ]
@@ -74,12 +83,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     network(place / "teacher.onnx", 1)
     network(place / "noisy.onnx", 1, noise=0.4)
     network(place / "coarse.onnx", 1, levels=2)
+    network(place / "deep-teacher.onnx", 1, deep=3)
+    network(place / "deep.onnx", 1, noise=0.3, deep=3)
     return place
 
 
 def teach(folder: Path, student: str, **asked: object) -> fw.Distilled:
     given: dict[str, object] = {"max_steps": 60, "threads": 1, "batch_size": 16, "metric": "kl", **asked}
-    return fw.distill(folder / "teacher.onnx", folder / student, folder / "data.npz", **given)
+    teacher = "deep-teacher.onnx" if student == "deep.onnx" else "teacher.onnx"
+    return fw.distill(folder / teacher, folder / student, folder / "data.npz", **given)
 
 
 @pytest.mark.parametrize("stages", [("end",), ("layers",), ("layers", "end")])
@@ -91,6 +103,14 @@ def test_a_damaged_student_comes_back(folder: Path, tmp_path: Path, stages: tupl
     assert [s.name for s in found.stages] == list(stages)
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"model.onnx", "report.json", "report.html"}
     assert "KL divergence" in found.losses[0]
+
+
+def test_each_block_goes_on_from_the_ones_before(folder: Path, tmp_path: Path) -> None:
+    found = teach(folder, "deep.onnx", stages=("layers",), out=tmp_path / "run", rate=5e-3, max_steps=100)
+    blocks = found.stages[0].blocks
+    assert len(blocks) >= 3
+    assert all(b.after <= b.before for b in blocks)
+    assert sum(b.after < b.before for b in blocks) >= 2
 
 
 def test_codes_are_trained_and_stay_codes(folder: Path, tmp_path: Path) -> None:

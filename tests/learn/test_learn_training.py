@@ -16,7 +16,9 @@ from featherweight.data import open_data  # noqa: E402
 from featherweight.data.dataset import InputSpec  # noqa: E402
 from featherweight.errors import BudgetError, DataError  # noqa: E402
 from featherweight.learn import augment, losses  # noqa: E402
+from featherweight.learn.blocks import Pair  # noqa: E402
 from featherweight.learn.losses import Projection, Target  # noqa: E402
+from featherweight.learn.matching import rescaled  # noqa: E402
 from featherweight.learn.optimiser import Adam, unit_of  # noqa: E402
 from featherweight.learn.schedule import Schedule, first_plan  # noqa: E402
 from featherweight.learn.stopping import Watch  # noqa: E402
@@ -125,6 +127,15 @@ def test_projection_finds_the_channels_that_are_left() -> None:
     back = torch.einsum("ndhw,de->nehw", student, torch.randn(4, 6)) + 1
     projection.fit(student, back, ridge=1e-9)
     assert torch.allclose(projection(student), back, atol=1e-3)
+
+
+def test_tensors_whose_scales_were_moved_are_told_apart() -> None:
+    torch.manual_seed(0)
+    teacher = torch.randn(4, 8, 5, 5) * torch.linspace(0.1, 3, 8).reshape(1, -1, 1, 1)
+    pair = Pair("t", "s")
+    assert not rescaled(pair, teacher + 0.3 * torch.randn_like(teacher), teacher)
+    assert not rescaled(pair, 0.5 * teacher, teacher)
+    assert rescaled(pair, teacher * torch.tensor([0.25, 4.0] * 4).reshape(1, -1, 1, 1), teacher)
 
 
 def test_adam_takes_the_steps_of_torch() -> None:

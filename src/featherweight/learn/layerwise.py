@@ -95,9 +95,13 @@ class Files:
         """True if a tensor of that name is kept."""
         return name in self._names.get(kind, {})
 
-    def forget(self, kind: str) -> None:
-        """Its files are about to be written over."""
-        self._names.pop(kind, None)
+    def become(self, kind: str, other: str) -> None:
+        """Tensors of one kind take the place of those of another."""
+        names = self._names.pop(kind)
+        for k in names.values():
+            for i in range(self.n):
+                (self.folder / f"{kind}-{k}-{i}.npy").replace(self.folder / f"{other}-{k}-{i}.npy")
+        self._names[other] = names
 
 
 def train_blocks(
@@ -162,9 +166,8 @@ def _advance(
     if block.end.student not in following:
         return
     for i in range(files.n):
-        made = segment(_starts(files, block.starts, i))
-        files.forget("ours")
-        files.put("ours", i, made)
+        files.put("next", i, segment(_starts(files, block.starts, i)))
+    files.become("next", "ours")
 
 
 class _Taught:

@@ -18,6 +18,8 @@ from featherweight.learn.teacher import Lesson, Lessons, Teacher, as_tensors
 from featherweight.learn.training import Check
 from featherweight.runtime.metrics import Metric
 
+#: A tensor means the same in both graphs if the sizes of its channels agree but for this spread of logarithms.
+SAME_SPREAD = 0.25
 Forward = Callable[[Mapping[str, Tensor], Sequence[str]], dict[str, Tensor]]
 
 
@@ -96,6 +98,25 @@ class Matching:
         return losses.cross_entropy(student, labels, axis=target.axis, probabilities=target.kind == "probabilities")
 
 
+@torch.no_grad()
+def rescaled(pair: Pair, student: Tensor, teacher: Tensor) -> bool:
+    """True if the channels of the student's tensor are of other sizes than the teacher's: equalisation moved scales.
+
+    The spread of log(rms of the teacher / rms of the student) over channels, weighted by the teacher's energy.
+    """
+    if pair.axis is not None or student.shape != teacher.shape or student.ndim < 2:
+        return False
+    axis = 1 if student.ndim >= 4 else student.ndim - 1
+    ours, theirs = (x.double().movedim(axis, -1).flatten(0, -2).square().mean(0) for x in (student, teacher))
+    alive = (ours > 0) & (theirs > 0)
+    if not bool(alive.any()):
+        return False
+    weight = theirs[alive] / theirs[alive].sum()
+    ratio = 0.5 * (theirs[alive] / ours[alive]).log()
+    spread = (weight * (ratio - (weight * ratio).sum()).square()).sum().sqrt()
+    return float(spread) > SAME_SPREAD
+
+
 def mask_for(feeds: Mapping[str, Tensor], value: Tensor) -> Tensor | None:
     """The attention mask (rows, tokens) among the feeds that fits `value` (rows, tokens, d), if any."""
     if value.ndim != 3:
@@ -161,4 +182,4 @@ class Checker:
         return Check(total / max(samples, 1), value)
 
 
-__all__ = ["Checker", "Forward", "Matching", "Weights", "mask_for", "steps_of"]
+__all__ = ["Checker", "Forward", "Matching", "Weights", "mask_for", "rescaled", "steps_of"]

@@ -28,11 +28,11 @@ from featherweight.learn.blocks import Pair
 from featherweight.learn.checkpoints import Checkpoints, Saved
 from featherweight.learn.distill import Asked
 from featherweight.learn.keeping import StageKeeper, stage_from
-from featherweight.learn.matching import Checker, Matching, Weights, steps_of
+from featherweight.learn.matching import Checker, Matching, Weights, rescaled, steps_of
 from featherweight.learn.proof import Proof
 from featherweight.learn.result import Block, Distilled, Stage
 from featherweight.learn.student import Footprint, Student, fit_memory, resident_bytes, saved_bytes
-from featherweight.learn.teacher import Lessons, Teacher
+from featherweight.learn.teacher import Lessons, Teacher, as_tensors
 from featherweight.learn.training import Outcome, Recipe, Trainer, Work
 from featherweight.quantities import format_bytes
 from featherweight.search.problem import input_specs
@@ -186,7 +186,15 @@ class Run:
         self._pairs = blocks.pairs(self.student_model, sizes, self._named)
         teacher = Teacher(self.teacher, [p.teacher for p in self._pairs], self.work, threads=self._threads)
         self._ask = teacher
-        answers = {n: x.numpy() for n, x in teacher(first, [v.name or "" for v in self.teacher.graph.outputs]).items()}
+        found = teacher(first)
+        with torch.no_grad():
+            own = self.student.forward(as_tensors(first), [p.student for p in self._pairs])
+        moved = [p for p in self._pairs if rescaled(p, own[p.student], found[p.teacher])]
+        if moved:
+            text = f"{len(moved)} inner tensors are scaled otherwise than the teacher's and are not matched: "
+            self.notes.append(Note("matching", text + ", ".join(p.student for p in moved[:4])))
+            self._pairs = [p for p in self._pairs if p not in moved]
+        answers = {v.name or "": found[v.name or ""].numpy() for v in self.teacher.graph.outputs}
         self._targets = losses.choose(answers, self.metric, asked.loss)
         equal = [p for p in self._pairs if p.axis is None]
         features = FEATURES if asked.features is None else asked.features
