@@ -72,7 +72,7 @@ def round_clip(x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor | float, low: float, high: float) -> Tensor:
-    """X rounded to the grid of scale and zero; see `FakeQuantize`. Works for float16 in float32."""
+    """X rounded to the grid of scale and zero; see `FakeQuantize`."""
     result: Tensor = FakeQuantize.apply(x, scale, zero, low, high)  # type: ignore[no-untyped-call]
     return result
 
