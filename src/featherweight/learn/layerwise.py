@@ -28,11 +28,11 @@ from featherweight.learn.teacher import Lessons, as_tensors
 from featherweight.learn.training import Check, Keeper, Outcome, Recipe, Trainer, Work
 
 #: Bytes of all files together; fewer samples are taken where they do not fit.
-FILES_BYTES = 4 << 30
+FILES_BYTES = 2 << 30
 #: One micro-batch in so many is for checking.
 CHECK_SHARE = 8
 #: Times that the data are drawn (augmented differently each time).
-VIEWS = 2
+VIEWS = 1
 #: Weight of the penalty on moves that are not whole, relative to the error of the block.
 PENALTY = 0.1
 
