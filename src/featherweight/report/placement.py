@@ -67,8 +67,8 @@ def check_words(check: Check) -> str:
     if check.as_written is None:
         return words
     return (
-        f"{words} with the runtime's fusions, {check.as_written:.1e} without: another rounding may have moved a value that is "
-        "quantized at run time"
+        f"{words} with the runtime's fusions, {check.as_written:.1e} without: another rounding may have "
+        "moved a value that is quantized at run time"
     )
 
 
