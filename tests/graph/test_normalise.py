@@ -520,3 +520,17 @@ def test_random_graphs_keep_their_outputs_and_reach_a_fixed_point(build, run, pa
     model = build(nodes, stored, inputs={"x": ["n", 4, 3, 3]}, outputs=outputs, opset=opset, ir_version=8)
     x = np.random.default_rng(1).standard_normal((2, 4, 3, 3)).astype(np.float32)
     check(model, run, [{"x": x}], atol=1e-4)
+
+
+def test_denormal_weights_are_zero_and_small_settings_stay(build, run):
+    w, bias = f32(16, 16), np.full(16, 1e-40, np.float32)
+    w[::2] = np.float32(1e-39)
+    model = build(
+        [N("MatMul", ["x", "w"], ["t"]), N("Add", ["t", "b"], ["y"])], {"w": w, "b": bias}, inputs={"x": [2, 16]}
+    )
+    result = check(model, run, [{"x": f32(2, 16)}])
+    (step,) = [s for s in result.steps if s.name == "denormal weights"]
+    assert step.detail == "128 values below float32's normal range in 1 weights are zero"
+    stored = {v.name: v.const_value.numpy() for v in result.model.graph.initializers.values()}
+    np.testing.assert_array_equal(stored["w"], np.where(np.arange(16)[:, None] % 2 == 0, 0, w))
+    np.testing.assert_array_equal(stored["b"], bias)

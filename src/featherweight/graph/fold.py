@@ -42,6 +42,30 @@ def fold_into_weights(model: ir.Model) -> str:
     return f"{total} nodes folded into their weight" if total else ""
 
 
+def flush_denormals(model: ir.Model) -> str:
+    """Set weights to zero that are too small to be normal float32 numbers; small tensors (epsilons) stay as they are.
+
+    Many processors take a hundred times as long for a product with one, and the runtime gives no way to say that they
+    are zero once a process has opened a session. No sum of such products reaches what float32 can tell apart.
+    """
+    flushed = tensors = 0
+    for value in [v for g in model.graphs() for v in g.initializers.values()]:
+        tensor = surgery.constant_tensor(value)
+        if (
+            tensor is None
+            or tensor.dtype != ir.DataType.FLOAT
+            or len(tensor.shape) < 2
+            or tensor.size < _TINY_BYTES // 4
+        ):
+            continue
+        array = tensor.numpy()
+        tiny = (np.abs(array) < np.finfo(np.float32).tiny) & (array != 0)
+        if found := int(tiny.sum()):
+            surgery.set_initializer(value, np.where(tiny, np.float32(0), array))
+            flushed, tensors = flushed + found, tensors + 1
+    return f"{flushed} values below float32's normal range in {tensors} weights are zero" if flushed else ""
+
+
 def _fold_readers(value: ir.Value) -> int:
     """Fold the readers of one initializer if they all are the same operation; returns how many went."""
     tensor = surgery.constant_tensor(value)

@@ -73,6 +73,7 @@ _BEFORE: tuple[tuple[str, _Edit], ...] = (
     ("casts and layout of weights", fold.fold_into_weights),
     ("constant expressions", expressions.fold_expressions),
     ("casts and layout of weights", fold.fold_into_weights),
+    ("denormal weights", fold.flush_denormals),
 )
 _AFTER: tuple[tuple[str, _Edit], ...] = (
     ("unused parts", repair.drop_unused),
