@@ -205,11 +205,12 @@ def main() -> None:
     rows[-1] = dataclasses.replace(rows[-1], seconds=seconds)
     if args.turns:
         rows = judge.timed(rows, files, args.turns)
-    shown = f"python -m benchmarks.students --time {args.time} --student '{args.student}'"
+    how = f"--steps {args.steps}" if args.steps else f"--time {args.time}"
+    shown = f"python -m benchmarks.students {how} --student '{args.student}'"
     print(page(rows, shown, args.judge))
     if args.judge == "test":
         kept = {"machine": machine(), "sentences": len(texts), "rate": args.rate, "features": args.features}
-        kept |= {"time": args.time, "rows": [dataclasses.asdict(r) for r in rows]}
+        kept |= {"time": args.time, "steps": args.steps, "rows": [dataclasses.asdict(r) for r in rows]}
         (RESULTS / "students.json").write_text(json.dumps(kept, indent=1) + "\n")
         (RESULTS / "students.md").write_text(page(rows, shown, args.judge))
 

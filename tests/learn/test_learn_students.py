@@ -353,3 +353,33 @@ def test_an_exported_program_may_be_the_student(tmp_path, monkeypatch):
     torch.export.save(program, tmp_path / "given.pt2")
     made = make_student(teacher, str(tmp_path / "given.pt2"), tmp_path / "s.onnx")
     assert run(made.path, {"x": np.zeros((3, 8, 6, 6), np.float32)}).shape == (3, 8, 6, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_layers_of_exported_transformers_are_found_and_cut_exactly(tmp_path, name):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from featherweight import convert
+
+    common = {"vocab_size": 50, "num_attention_heads": 4, "num_hidden_layers": 4, "hidden_size": 16}
+    if name == "bert":
+        config = transformers.BertConfig(**common, intermediate_size=32, max_position_embeddings=40)
+        module = transformers.BertModel(config).eval()
+    else:
+        config = transformers.GPT2Config(**common, n_positions=40, bos_token_id=0, eos_token_id=0)
+        module = transformers.GPT2Model(config).eval()
+    module.save_pretrained(tmp_path / name, safe_serialization=True)
+    convert.to_onnx(tmp_path / name, tmp_path / "t.onnx")
+    made = make_student(tmp_path / "t.onnx", "layers=2", tmp_path / "s.onnx")
+    layers = module.encoder.layer if name == "bert" else module.h
+    kept = torch.nn.ModuleList([layers[0], layers[3]])
+    if name == "bert":
+        module.encoder.layer = kept
+    else:
+        module.h = kept
+    session = ort.session(made.path)
+    fed = {i.name: np.ones((2, 7), np.int64) for i in session.inputs}
+    with torch.no_grad():
+        expected = module(**{n: torch.from_numpy(x) for n, x in fed.items()}).last_hidden_state.numpy()
+    np.testing.assert_allclose(session.run(fed)["last_hidden_state"], expected, atol=1e-5)
