@@ -54,7 +54,7 @@ def test_compress_passes_everything_on(pipeline: Any, run: Run, tmp_path: Path) 
         --minimize latency --techniques static_int8,palette --keep-float /head/* --keep-float stem --preprocess lite0
         --tokenizer t.json --batch-size 4 --target portable --threads 2 --time-budget 10m --seed 7 --resume
         --save-anyway --max-candidates 5 --target-token-file token --target-ca ca.pem
-        --recover distill
+        --recover distill --trust
     """.split()  # noqa: SIM905  # reads like the command line it is
     shown = run("compress", "m.onnx", "--data", "d.npz", *options, "-o", str(tmp_path / "run"))
     assert shown.exit_code == 0, shown.output
@@ -85,6 +85,7 @@ def test_compress_passes_everything_on(pipeline: Any, run: Run, tmp_path: Path) 
         "resume": True,
         "save_anyway": True,
         "max_candidates": 5,
+        "trust": True,
         "out": tmp_path / "run",
     }
 
