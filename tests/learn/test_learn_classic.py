@@ -209,7 +209,7 @@ def test_distilled_beats_trained_alone_on_fashion(tmp_path):
         all_x, all_y = torch.cat([x[order], test_x]), torch.cat([y[order], test_y])
         few, pool, test = slice(0, 1000), slice(0, 20000), slice(20000, None)
         row, _ = compare(
-            tmp_path, seed, all_x, all_y, few=few, pool=pool, test=test, side=28, steps=(300, 1500), inner=16
+            tmp_path, seed, all_x, all_y, few=few, pool=pool, test=test, side=28, steps=(400, 2000), inner=16, noise=0.0
         )
         rows.append(row)
     teacher, alone, taught, misled = np.array(rows).T
