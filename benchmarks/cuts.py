@@ -28,7 +28,8 @@ def network(nodes: int, seed: int = 0) -> ir.Model:
         const_value=ir.Tensor(np.eye(64, dtype=np.float32), name="w"),
     )  # fmt: skip
     first = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
-    made, last = [], first
+    made: list[ir.Node] = []
+    last = first
     skips = [first]
 
     def add(op: str, *inputs: ir.Value) -> ir.Value:

@@ -66,7 +66,7 @@ def cases(models: Path, packages: Path, work: Path) -> Iterator[Case]:
     """The networks as they are, then some of them in 8 bits."""
     rng = np.random.default_rng(0)
     speech = {"mels": rng.normal(size=(1, 160, 40)).astype(np.float32)}
-    sound = {
+    sound: dict[str, np.ndarray] = {
         "input": (rng.normal(size=(1, 576)) * 0.1).astype(np.float32),
         "state": np.zeros((2, 1, 128), np.float32),
         "sr": np.array(16000, np.int64),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import pickle  # noqa: TID251 (a child process gets datasets this way)
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 

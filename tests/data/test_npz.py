@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import multiprocessing
-import pickle  # noqa: TID251 (a child process gets datasets this way)
+import pickle
 import struct
 import tracemalloc
 import zipfile

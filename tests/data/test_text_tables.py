@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle  # noqa: TID251 (a child process gets datasets this way)
+import pickle
 import sys
 from pathlib import Path
 

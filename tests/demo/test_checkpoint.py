@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import pickle  # noqa: TID251  # hostile files are made here, never read
+import pickle  # hostile files are made here, never read
 import struct
 import zipfile
 from collections import OrderedDict

@@ -174,7 +174,7 @@ def test_a_thousand_blocks_against_the_cuts_of_the_stored_order() -> None:
 
 
 @pytest.mark.slow
-def test_ten_thousand_blocks(record_property: pytest.RecordProperty) -> None:
+def test_ten_thousand_blocks(record_property) -> None:
     for seed in range(3):
         graph, costs = random_graph(10_000, seed)
         begun = time.perf_counter()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-import pickle  # noqa: TID251  # to show that it is refused
+import pickle  # to show that it is refused
 import struct
 import zipfile
 from pathlib import Path

@@ -111,8 +111,8 @@ machine_options = _all(
         "profile",
         metavar="this|NAME|FILE|URL",
         section="Target",
-        help="The device: this (trust this CPU's kernels), a shipped name or profile file (latency is predicted), or an "
-        "agent's http://HOST:PORT. Default: measured here, integer weights right on any CPU.",
+        help="The device: this (trust this CPU's kernels), a shipped name or profile file (latency is predicted), or "
+        "an agent's http://HOST:PORT. Default: measured here, integer weights right on any CPU.",
     ),
     threads_option,
 )
