@@ -21,7 +21,8 @@ from featherweight.learn import losses  # noqa: E402
 from featherweight.learn.execute import Executor  # noqa: E402
 from featherweight.runtime import ort  # noqa: E402
 
-SEEDS = 8
+# Settings were chosen with the seeds from 0 on; these are fresh.
+FIRST_SEED, SEEDS = 100, 8
 LABELLED, TEST = 100, 500
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 
@@ -138,7 +139,7 @@ def runs(tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("classic")
     rows = []
-    for seed in range(SEEDS):
+    for seed in range(FIRST_SEED, FIRST_SEED + SEEDS):
         x, y = digits(seed)
         test, pool, few = slice(0, TEST), slice(TEST, None), slice(TEST, TEST + LABELLED)
         row, taught = compare(
