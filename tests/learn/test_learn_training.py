@@ -136,6 +136,8 @@ def test_tensors_whose_scales_were_moved_are_told_apart() -> None:
     assert not rescaled(pair, teacher + 0.3 * torch.randn_like(teacher), teacher)
     assert not rescaled(pair, 0.5 * teacher, teacher)
     assert rescaled(pair, teacher * torch.tensor([0.25, 4.0] * 4).reshape(1, -1, 1, 1), teacher)
+    damage = torch.randn_like(teacher) * torch.tensor([0.1, 3.0] * 4).reshape(1, -1, 1, 1)
+    assert not rescaled(pair, teacher + damage, teacher)
 
 
 def test_adam_takes_the_steps_of_torch() -> None:

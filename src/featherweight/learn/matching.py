@@ -20,6 +20,8 @@ from featherweight.runtime.metrics import Metric
 
 #: A tensor means the same in both graphs if the sizes of its channels agree but for this spread of logarithms.
 SAME_SPREAD = 0.25
+#: Share of a difference that scales alone may leave where they are its cause.
+EXPLAINED = 0.5
 Forward = Callable[[Mapping[str, Tensor], Sequence[str]], dict[str, Tensor]]
 
 
@@ -100,21 +102,26 @@ class Matching:
 
 @torch.no_grad()
 def rescaled(pair: Pair, student: Tensor, teacher: Tensor) -> bool:
-    """True if the channels of the student's tensor are of other sizes than the teacher's: equalisation moved scales.
+    """True if the channels of the student's tensor are the teacher's on other scales: equalisation moved them.
 
-    The spread of log(rms of the teacher / rms of the student) over channels, weighted by the teacher's energy.
+    Two things must hold: log(rms of the teacher / rms of the student) spreads over channels (weighted by the teacher's
+    energy), and one factor a channel explains more than half of the difference. A student that is merely damaged has the
+    first without the second.
     """
     if pair.axis is not None or student.shape != teacher.shape or student.ndim < 2:
         return False
     axis = 1 if student.ndim >= 4 else student.ndim - 1
-    ours, theirs = (x.double().movedim(axis, -1).flatten(0, -2).square().mean(0) for x in (student, teacher))
-    alive = (ours > 0) & (theirs > 0)
+    ours, theirs = (x.double().movedim(axis, -1).flatten(0, -2) for x in (student, teacher))
+    own, wanted, both = ours.square().sum(0), theirs.square().sum(0), (ours * theirs).sum(0)
+    alive = (own > 0) & (wanted > 0)
     if not bool(alive.any()):
         return False
-    weight = theirs[alive] / theirs[alive].sum()
-    ratio = 0.5 * (theirs[alive] / ours[alive]).log()
+    weight = wanted[alive] / wanted[alive].sum()
+    ratio = 0.5 * (wanted[alive] / own[alive]).log()
     spread = (weight * (ratio - (weight * ratio).sum()).square()).sum().sqrt()
-    return float(spread) > SAME_SPREAD
+    apart = (theirs - ours).square().sum(0)[alive].sum()
+    unexplained = (wanted - both.square() / own)[alive].sum()
+    return float(spread) > SAME_SPREAD and float(unexplained) < EXPLAINED * float(apart)
 
 
 def mask_for(feeds: Mapping[str, Tensor], value: Tensor) -> Tensor | None:
