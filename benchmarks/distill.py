@@ -123,7 +123,8 @@ def run(row: Row, source: Path, time: str, stages: str) -> dict[str, Any]:
     layers = next((s for s in raw["stages"] if s["name"] == "layers"), None)
     return {
         "size_bytes": raw["after"]["size_bytes"], "teacher": raw["teacher"]["metric"],
-        "before": raw["before"]["metric"], "layers": layers and layers["measured"]["metric"], "after": raw["after"]["metric"],
+        "before": raw["before"]["metric"], "layers": layers and layers["measured"]["metric"],
+        "after": raw["after"]["metric"],
         "recovered": raw["recovered"], "gain_interval": raw["gain_interval"],
         "steps": {s["name"]: s["steps"] for s in raw["stages"]},
         "validation": {s["name"]: [s["loss_before"], s["loss_after"]] for s in raw["stages"]},

@@ -105,8 +105,8 @@ def rescaled(pair: Pair, student: Tensor, teacher: Tensor) -> bool:
     """True if the channels of the student's tensor are the teacher's on other scales: equalisation moved them.
 
     Two things must hold: log(rms of the teacher / rms of the student) spreads over channels (weighted by the teacher's
-    energy), and one factor a channel explains more than half of the difference. A student that is merely damaged has the
-    first without the second.
+    energy), and one factor a channel explains more than half of the difference and of the teacher. A student that is
+    merely damaged has the first without the second.
     """
     if pair.axis is not None or student.shape != teacher.shape or student.ndim < 2:
         return False
@@ -120,8 +120,9 @@ def rescaled(pair: Pair, student: Tensor, teacher: Tensor) -> bool:
     ratio = 0.5 * (wanted[alive] / own[alive]).log()
     spread = (weight * (ratio - (weight * ratio).sum()).square()).sum().sqrt()
     apart = (theirs - ours).square().sum(0)[alive].sum()
-    unexplained = (wanted - both.square() / own)[alive].sum()
-    return float(spread) > SAME_SPREAD and float(unexplained) < EXPLAINED * float(apart)
+    left = (wanted - both.square() / own)[alive].sum()
+    explained = float(left) < EXPLAINED * min(float(apart), float(wanted.sum()))
+    return float(spread) > SAME_SPREAD and explained
 
 
 def mask_for(feeds: Mapping[str, Tensor], value: Tensor) -> Tensor | None:
