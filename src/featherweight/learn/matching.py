@@ -21,7 +21,7 @@ from featherweight.runtime.metrics import Metric
 #: A tensor means the same in both graphs if the sizes of its channels agree but for this spread of logarithms.
 SAME_SPREAD = 0.25
 #: Share of a difference that scales alone may leave where they are its cause.
-EXPLAINED = 0.5
+EXPLAINED = 0.25
 Forward = Callable[[Mapping[str, Tensor], Sequence[str]], dict[str, Tensor]]
 
 
@@ -105,7 +105,7 @@ def rescaled(pair: Pair, student: Tensor, teacher: Tensor) -> bool:
     """True if the channels of the student's tensor are the teacher's on other scales: equalisation moved them.
 
     Two things must hold: log(rms of the teacher / rms of the student) spreads over channels (weighted by the teacher's
-    energy), and one factor a channel explains more than half of the difference and of the teacher. A student that is
+    energy), and one factor a channel explains most of the difference and of the teacher. A student that is
     merely damaged has the first without the second.
     """
     if pair.axis is not None or student.shape != teacher.shape or student.ndim < 2:
