@@ -14,9 +14,9 @@ from featherweight.embeddings.encoder import encoder
 from featherweight.embeddings.table import F32, Block, from_arrays
 from featherweight.embeddings.train import Trained
 from featherweight.embeddings.vocabulary import Packed, pack
-from featherweight.embeddings.whole import whole_file
 from featherweight.errors import OutputError
 from featherweight.graph import io
+from featherweight.whole import whole_file
 
 ENDINGS = (".safetensors", ".onnx")
 

@@ -23,8 +23,8 @@ import numpy.typing as npt
 from featherweight.core import Progress, Silent
 from featherweight.embeddings.corpus import Corpus
 from featherweight.embeddings.tokens import by_space
-from featherweight.embeddings.whole import whole_file
 from featherweight.errors import DataError, MissingExtraError
+from featherweight.whole import whole_file
 
 STATE_SCHEMA = 1
 

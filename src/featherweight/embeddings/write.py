@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from featherweight.embeddings import safetensors, vocabulary
 from featherweight.embeddings.table import Block
-from featherweight.embeddings.whole import whole_file
 from featherweight.errors import OutputError
+from featherweight.whole import whole_file
 
 FORMAT = "featherweight words 1"
 VECTORS = "vectors"

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import html
-import os
 import string
-import tempfile
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featherweight.errors import OutputError
 from featherweight.quantities import format_bytes, format_count, format_ms
 from featherweight.report import placement_chart
 from featherweight.report import placement_text as text
 from featherweight.report.json import document, plain, write_text
+from featherweight.whole import whole_file
 
 if TYPE_CHECKING:
     from featherweight.edge.asking import Asked
@@ -26,24 +24,8 @@ def write(asked: Asked, won: Winners, folder: Path) -> None:
     """Write the three files, each whole or not at all. Raises OutputError."""
     write_text(to_json(asked, won), folder / "placement.json")
     write_text(render(asked, won), folder / "placement.html")
-    _write_bytes(placement_chart.to_png(won), folder / "placement.png")
-
-
-def _write_bytes(data: bytes, path: Path) -> None:
-    temporary = ""
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as e:
-        raise OutputError(f"{path} cannot be written ({e.strerror or e}); free space or name another folder") from e
-    finally:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
+    with whole_file(folder / "placement.png") as file:
+        file.write(placement_chart.to_png(won))
 
 
 def to_json(asked: Asked, won: Winners | None = None) -> str:
