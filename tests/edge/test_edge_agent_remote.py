@@ -337,3 +337,14 @@ def test_a_lost_link_is_told(tmp_path: Path, worker: Worker, models: Any) -> Non
         bench = remote.connect(agent.url, worker, let_in=LET_IN)
     with bench, pytest.raises(RemoteError, match="no agent answers"):
         bench.memory(models[0], {"x": np.ones((1, 4), np.float32)})
+
+
+def test_a_link_lost_while_a_job_is_followed_is_told_in_words(
+    tmp_path: Path, worker: Worker, models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cancelling the job nobody waits for fails too; its error must not hide the first."""
+    with running(tmp_path / "work") as agent:
+        bench = remote.connect(agent.url, worker, let_in=LET_IN)
+    monkeypatch.setattr(bench._link, "ask", lambda *a, **k: (202, {}))
+    with bench, pytest.raises(RemoteError, match="no agent answers"):
+        bench.memory(models[0], {"x": np.ones((1, 4), np.float32)})

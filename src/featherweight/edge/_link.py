@@ -6,6 +6,7 @@ jobs by an id the client chose. Redirects are not followed, because the token is
 
 from __future__ import annotations
 
+import contextlib
 import json
 import ssl
 import time
@@ -81,11 +82,12 @@ class Link:
         return found
 
     def once(self, method: str, path: str) -> None:
-        """One request without a body, never repeated, of which nobody awaits the outcome."""
-        answer = self._pool.request(
-            method, f"{self.url}{self._prefix}{path}", headers=self._headers, redirect=False, timeout=2.0
-        )
-        answer.close()
+        """One request without a body, never repeated, of which nobody awaits the outcome: a lost link is no error."""
+        with contextlib.suppress(u3.HTTPError):
+            answer = self._pool.request(
+                method, f"{self.url}{self._prefix}{path}", headers=self._headers, redirect=False, timeout=2.0
+            )
+            answer.close()
 
     def send_file(self, path: str, file: Path, size_bytes: int) -> None:
         """Stream a file's bytes with PUT."""
