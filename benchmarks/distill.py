@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import quantize, results, structure, tasks
+from benchmarks import quantize, results, tasks
 from benchmarks.tasks import TASKS, Task
 
 RESULT = results.FOLDER / "distill.json"
@@ -60,24 +60,26 @@ def task_of(row: Row) -> Task:
     return next(t for t in TASKS if t.name == row.task)
 
 
-def student(row: Row) -> Path:
-    """The student's file, made if it is not there."""
-    task = task_of(row)
-    if row.gone:
-        entry = next(e for e in structure.entries(task) if e.name == f"featherweight channels {row.gone}")
-        path = structure.file_of(task, entry)
-        if not path.exists():
-            structure.make(task, entry)
-        return path
-    path = quantize.WORK / "out" / f"{task.name}-{row.name.replace(' ', '-')}.onnx"
+def student(row: Row, source: Path) -> Path:
+    """The student's file, made from the calibration photos if it is not there."""
+    path = quantize.WORK / "students" / row.key.replace(" ", "-") / "model.onnx"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        rounded(row, path)
+        pruned(row, source, path.parent) if row.gone else rounded(row, source, path)
     return path
 
 
-def rounded(row: Row, path: Path) -> None:
-    """Every weight of the network rounded alike, with error compensation, from calibration photos."""
+def pruned(row: Row, source: Path, folder: Path) -> None:
+    """Channels removed and what is left solved for, by the command line."""
+    task = task_of(row)
+    command = [sys.executable, "-m", "featherweight.cli", "compress", str(quantize.original(task))]
+    command += ["--data", str(source / "imagenet-samples"), *task.reading, "--techniques", "channel_prune"]
+    command += ["--max-macs", f"{100 - row.gone}%", "--save-anyway", "--quiet", "-o", str(folder)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def rounded(row: Row, source: Path, path: Path) -> None:
+    """Every weight of the network rounded alike, with error compensation."""
     from featherweight import data as fwdata
     from featherweight.core import Action, Decision, Plan
     from featherweight.graph import io
@@ -92,10 +94,10 @@ def rounded(row: Row, path: Path) -> None:
 
     task = task_of(row)
     model = normalise(io.load(quantize.original(task)), run=None).model
-    table = quantize.WORK / "data" / task.table
-    opened = fwdata.open_data(table, input_specs(model), preprocess=task.reading[1])
-    every = max(1, opened.n_batches // STATISTICS_IMAGES)
-    stats = collect(model, opened.subset(range(0, opened.n_batches, every)), max_positions=64)
+    opened = fwdata.open_data(source / "imagenet-samples", input_specs(model), preprocess=task.reading[1])
+    photos = fwdata.split(opened).calibration
+    every = max(1, photos.n_batches // STATISTICS_IMAGES)
+    stats = collect(model, photos.subset(range(0, photos.n_batches, every)), max_positions=64)
     equal, ready = equalise(model, shrunk(stats))
     known = all_techniques()
     ctx = Context(targets.this_machine(), ready, 0, frozenset(), thorough=True)
@@ -114,7 +116,7 @@ def run(row: Row, source: Path, time: str, stages: str) -> dict[str, Any]:
     if not resume:
         shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", "featherweight.cli", "distill", str(quantize.original(task))]
-    command += ["--student", str(student(row)), "--data", str(source / "imagenet-samples"), *task.reading]
+    command += ["--student", str(student(row, source)), "--data", str(source / "imagenet-samples"), *task.reading]
     command += ["--time-budget", time, "--stages", stages, "--json", "-o", str(out), *(["--resume"] if resume else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

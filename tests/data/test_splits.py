@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from featherweight.data import Dataset, InputSpec, open_data, split
+from featherweight.data import Dataset, InputSpec, open_data, split, split_to_teach
 from featherweight.data.splits import tag_of
 from featherweight.errors import DataError
 
@@ -113,3 +114,23 @@ def test_fixed_batches_stay_whole(tmp_path: Path) -> None:
         assert len(part) == 4 * n
         assert all(part[i : i + 4] == list(range(part[i], part[i] + 4)) for i in range(0, len(part), 4))
         assert all(p % 4 == 0 for p in part[::4])
+
+
+@given(st.integers(3, 80), st.integers(0, 3), st.integers(1, 5), st.booleans())
+def test_a_student_is_guarded_by_what_it_was_not_fitted_to(
+    tmp_path_factory: pytest.TempPathFactory, n: int, seed: int, classes: int, tagged: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("s")
+    data = _data(folder, n, np.arange(n) % classes)
+    if tagged:
+        tags = tuple(("calibration", "calibration", "holdout")[i % 3] for i in range(n))
+        data = dataclasses.replace(data, origin=dataclasses.replace(data.origin, tags=tags))
+    fitted, taught = split(data, seed=seed), split_to_teach(data, seed=seed)
+    own, val, hold = (set(p.atoms()) for p in (taught.calibration, taught.validation, taught.holdout))
+    assert own | val | hold == set(range(n))
+    assert len(own) + len(val) + len(hold) == n
+    assert not {*val, *hold} & set(fitted.calibration.atoms())
+    assert hold <= set(fitted.holdout.atoms())
+    if n >= 50:
+        assert len(val) == pytest.approx(0.15 * 2 * n / 3 if tagged else 0.12 * n, abs=2)
+        assert len(hold) == pytest.approx(n / 3 if tagged else 0.18 * n, abs=1)

@@ -264,3 +264,33 @@ def test_inner_values_computed_again_give_the_same_gradients(folder: Path) -> No
     assert plain.keys() == again.keys()
     assert all(torch.allclose(plain[n], again[n], atol=1e-6) for n in plain)
     assert less < whole
+
+
+def test_what_is_behind_the_last_place_is_taught_too(folder: Path, tmp_path: Path) -> None:
+    """A head that alone is damaged comes back in the layers stage: it is the last block, taught by the outputs."""
+    model = onnx.load(folder / "teacher.onnx")
+    head = next(t for t in model.graph.initializer if t.name == "d.w")
+    array = numpy_helper.to_array(head)
+    noise = np.random.default_rng(0).normal(size=array.shape) * array.std()
+    head.CopyFrom(numpy_helper.from_array((array + 0.5 * noise).astype(np.float32), "d.w"))
+    onnx.save(model, folder / "head.onnx")
+    found = teach(folder, "head.onnx", stages=("layers",), out=tmp_path / "run", rate=5e-3, max_steps=200)
+    assert found.stages[0].blocks[-1].name == "outputs"
+    assert found.recovered is not None
+    assert found.recovered > 0.5
+
+
+def test_calibration_data_may_stand_beside_the_data_it_is_reported_on(folder: Path, tmp_path: Path) -> None:
+    x = np.load(folder / "data.npz")["x"]
+
+    def first() -> Any:
+        yield from ({"x": x[i : i + 10]} for i in range(0, 100, 10))
+
+    def second() -> Any:
+        yield from ({"x": x[i : i + 10]} for i in range(100, 150, 10))
+
+    found = fw.distill(
+        folder / "teacher.onnx", folder / "noisy.onnx", second, calibration=first, max_steps=2, threads=1,
+        metric="kl", out=tmp_path / "run",
+    )  # fmt: skip
+    assert found.facts["samples"] == {"training": 100, "validation": 20, "holdout": 30}

@@ -61,6 +61,22 @@ def test_watch_keeps_the_best_and_counts_from_there() -> None:
     assert Watch.from_json(json.loads(json.dumps(Watch().to_json()))) == Watch()
 
 
+def test_a_run_that_is_on_its_way_back_is_not_stalled() -> None:
+    """The rate first throws a solved student about; what then falls check by check may still become the best."""
+
+    def after(losses: list[float]) -> bool:
+        watch = Watch()
+        for step, loss in enumerate(losses):
+            watch = watch.seen(step, loss)
+        return watch.stalled(4, losses)
+
+    assert not after([0.7, 0.9, 0.8, 0.75])  # fewer than four since the best
+    assert not after([0.7, 0.9, 0.85, 0.8, 0.75])
+    assert after([0.7, 0.75, 0.8, 0.8, 0.85])
+    assert after([0.7, 0.8, 0.8, 0.8, 0.8])
+    assert after([0.7, math.nan, math.nan, 0.9, 0.8])
+
+
 def test_divergence_is_the_sum_by_hand() -> None:
     student, teacher = torch.tensor([[0.0, 1.0]], dtype=torch.float64), torch.tensor([[2.0, 0.0]], dtype=torch.float64)
     t = 2.0

@@ -23,6 +23,8 @@ from featherweight.errors import DataError
 
 Unit = tuple[int, ...]
 CALIBRATION, VALIDATION, HOLDOUT = "calibration", "validation", "holdout"
+#: Shares of all data that guard training and that it is reported on.
+GUARD, UNSEEN = 0.12, 0.18
 _WORDS = {
     CALIBRATION: ("calibration", "calib", "train", "training"),
     VALIDATION: ("validation", "valid", "val", "dev"),
@@ -99,6 +101,36 @@ def split(
             )
         )
     return _by_fractions(dataset, calibration, validation, max_calibration, rng, notes)
+
+
+def split_to_teach(dataset: Dataset, *, seed: int = 0, evaluation: Dataset | None = None) -> Splits:
+    """Divide a dataset for training a student: most of it, as calibration, teaches; validation guards.
+
+    A student that `compress` made was fitted to its calibration data; photos it was fitted to say that it is better
+    than it is, and no training would ever seem to help. So the division begins as `split`'s with the same seed, and
+    validation is taken from what was not fitted to: `GUARD` of all, and `UNSEEN` stays the holdout where nobody said
+    which that is. Raises DataError on an empty dataset.
+    """
+    first = split(dataset, seed=seed, evaluation=evaluation)
+    tags = _tags(dataset) or []
+    own, val, hold = (part.units() for part in (first.calibration, first.validation, first.holdout))
+    if evaluation is not None or VALIDATION in tags or own == val or val == hold:
+        return first
+    rng = np.random.default_rng([seed, 1])
+    if CALIBRATION in tags and HOLDOUT in tags:
+        n_val = min(max(1, round((len(own) + len(val)) * GUARD / (1 - UNSEEN))), len(val))
+        val, more = _deal(dataset, val, [n_val, len(val) - n_val], rng)
+    elif len(hold) > 1:
+        n = len(own) + len(val) + len(hold)
+        n_hold = min(max(1, round(n * UNSEEN)), len(hold) - 1)
+        n_val = min(max(1, round(n * GUARD)), len(hold) - n_hold)
+        more = val
+        hold, val, rest = _deal(dataset, hold, [n_hold, n_val, len(hold) - n_hold - n_val], rng)
+        more = [*more, *rest]
+    else:
+        return first
+    teach, guard, unseen = (dataset.of_units(sorted(p)) for p in ([*own, *more], val, hold))
+    return Splits(teach, guard, unseen, first.notes)
 
 
 def _tags(dataset: Dataset) -> list[str] | None:

@@ -31,10 +31,13 @@ class Pair:
 
 @dataclass(frozen=True)
 class Block:
-    """Nodes of the student from some tensors to the pair's. `starts`: its inputs; `weights`: what it may train."""
+    """Nodes of the student from some tensors to the pair's, or, without a pair, to the outputs.
+
+    `starts`: its inputs; `weights`: what it may train.
+    """
 
     starts: tuple[str, ...]
-    end: Pair
+    end: Pair | None
     weights: tuple[str, ...]
     nodes: tuple[str, ...] = ()
 
@@ -181,8 +184,7 @@ def _roots(value: ir.Value) -> list[str]:
 
 
 def blocks(student: ir.Model, places: Sequence[Pair]) -> list[Block]:
-    """The blocks that end at the places, each from the one before; the last, from the last place to the outputs, is not
-    among them: what it should answer is the business of end-to-end training.
+    """The blocks that end at the places, each from the one before (see `tail` for what is behind the last).
 
     A block also reads what is alive beside its start: inputs of the graph and what is made of them without weights.
     """
@@ -197,6 +199,17 @@ def blocks(student: ir.Model, places: Sequence[Pair]) -> list[Block]:
         before = at
         starts = reads_behind(student, place.student)
     return found
+
+
+def tail(student: ir.Model, places: Sequence[Pair]) -> Block | None:
+    """The block from the last place to the outputs; None without places, or if it holds no weight."""
+    if not places:
+        return None
+    last = places[-1].student
+    weights = weights_between(student, [last])[-1]
+    at = next(i for i, node in enumerate(student.graph) if any(v.name == last for v in node.outputs))
+    nodes = tuple(node.name or "" for node in student.graph)[at + 1 :]
+    return Block(reads_behind(student, last), None, weights, nodes) if weights else None
 
 
 def reads_behind(model: ir.Model, place: str) -> tuple[str, ...]:

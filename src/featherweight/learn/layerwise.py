@@ -24,7 +24,7 @@ from featherweight.learn.execute import Executor
 from featherweight.learn.losses import Projection
 from featherweight.learn.result import Block as BlockDone
 from featherweight.learn.rounding import Rounding
-from featherweight.learn.teacher import Lessons, as_tensors
+from featherweight.learn.teacher import Lesson, Lessons, as_tensors
 from featherweight.learn.training import Check, Keeper, Outcome, Recipe, Trainer, Work
 
 #: Bytes of all files together; fewer samples are taken where they do not fit.
@@ -39,14 +39,22 @@ PENALTY = 0.1
 
 @dataclass(frozen=True)
 class Blockwise:
-    """What the stage works on. `costs`: work of each block, in any unit."""
+    """What the stage works on. `costs`: work of each block, in any unit; `answer`: the loss of the outputs."""
 
     executor: Executor
     blocks: Sequence[Block]
     costs: Sequence[float]
     recipe: Recipe
     units: Mapping[str, Tensor]
+    outputs: Sequence[str]
+    answer: Callable[[Mapping[str, Tensor], Lesson], Tensor]
     seed: int = 0
+
+    def ends(self, block: Block) -> tuple[list[str], list[str]]:
+        """The teacher's tensors that a block is taught by, and the student's."""
+        if block.end is None:
+            return list(self.outputs), list(self.outputs)
+        return [block.end.teacher], [block.end.student]
 
 
 class Files:
@@ -91,6 +99,10 @@ class Files:
         arrays = {n: np.load(self.folder / f"{kind}-{at[n]}-{i}.npy") for n in names}
         return as_tensors(arrays)
 
+    def names(self, kind: str) -> list[str]:
+        """Names of the tensors of a kind."""
+        return list(self._names[kind])
+
     def has(self, kind: str, name: str) -> bool:
         """True if a tensor of that name is kept."""
         return name in self._names.get(kind, {})
@@ -122,7 +134,7 @@ def train_blocks(
     stage so far.
     """
     files = Files(folder)
-    files.fill(lessons, [b.end.teacher for b in job.blocks], progress)
+    files.fill(lessons, list(dict.fromkeys(n for b in job.blocks for n in job.ends(b)[0])), progress)
     first = 0 if start is None else start[0]
     results, outcomes = [], []
     for k, block in enumerate(job.blocks):
@@ -140,11 +152,12 @@ def train_blocks(
                 outcome = trainer.run()
                 taught.rounding.settle()
                 best = min(p.check for p in outcome.curve)
-                results.append(BlockDone(block.end.student, outcome.curve[0].check, best, outcome.steps))
+                name = "outputs" if block.end is None else block.end.student
+                results.append(BlockDone(name, outcome.curve[0].check, best, outcome.steps))
                 outcomes.append(outcome)
                 if outcome.interrupted:
                     break
-        segment = job.executor.segment(block.starts, [block.end.student])
+        segment = job.executor.segment(block.starts, job.ends(block)[1])
         _advance(files, block, segment, job.blocks[k + 1].starts if k + 1 < len(job.blocks) else ())
     shutil.rmtree(folder, ignore_errors=True)
     return results, outcomes
@@ -163,7 +176,7 @@ def _advance(
     files: Files, block: Block, segment: Callable[[Mapping[str, Tensor]], dict[str, Tensor]], following: Sequence[str]
 ) -> None:
     """Let the student go on through a block that is done."""
-    if block.end.student not in following:
+    if block.end is None or block.end.student not in following:
         return
     for i in range(files.n):
         files.put("next", i, segment(_starts(files, block.starts, i)))
@@ -179,17 +192,19 @@ class _Taught:
         self.rounding = Rounding(job.executor, block.weights)
         self.parameters = {n: known[n] for n in block.weights if n in known and n not in self.rounding.names}
         self.parameters |= self.rounding.parameters()
-        self._plain = job.executor.segment(block.starts, [block.end.student])
+        self._theirs, self._ours = job.ends(block)
+        self._plain = job.executor.segment(block.starts, self._ours)
         self._segment = self._plain
         if self.rounding:
-            self._segment = job.executor.segment([*block.starts, *self.rounding.values], [block.end.student])
+            self._segment = job.executor.segment([*block.starts, *self.rounding.values], self._ours)
         self._checked = [i for i in range(files.n) if i % CHECK_SHARE == CHECK_SHARE - 1] or [files.n - 1]
         self._trained = [i for i in range(files.n) if i not in self._checked] or [0]
-        self._projection = None if block.end.axis is None else Projection(block.end.axis)
-        if self._projection is not None:
+        self._projection: Projection | None = None
+        if block.end is not None and block.end.axis is not None:
+            self._projection = Projection(block.end.axis)
             with torch.no_grad():
                 made = self._plain(_starts(files, block.starts, self._trained[0]))[block.end.student]
-            self._projection.fit(made, self._wanted(self._trained[0]))
+            self._projection.fit(made, files.get("theirs", self._trained[0], self._theirs)[block.end.teacher])
         self._penalty = 0.0
 
     def work(self) -> Work:
@@ -197,17 +212,18 @@ class _Taught:
         units = {n: self._job.units[n] for n in self.parameters if n in self._job.units} | self.rounding.units()
         fixed = {}
         if self._projection is not None and self._projection.weight is not None:
-            fixed[self._block.end.student] = self._projection.weight
+            fixed[self._ours[0]] = self._projection.weight
         return Work(self.parameters, units, self._losses, self._check, fixed)
-
-    def _wanted(self, i: int) -> Tensor:
-        return self._files.get("theirs", i, [self._block.end.teacher])[self._block.end.teacher]
 
     def _loss(self, i: int, *, hard: bool) -> Tensor:
         feeds = _starts(self._files, self._block.starts, i)
         made = self._segment(feeds | (self.rounding.weights(hard=hard) if self.rounding else {}))
-        answer = made[self._block.end.student]
-        return losses.relative(answer if self._projection is None else self._projection(answer), self._wanted(i))
+        wanted = self._files.get("theirs", i, self._theirs)
+        if self._block.end is None:
+            given = self._files.get("feeds", i, self._files.names("feeds"))
+            return self._job.answer(made, Lesson(given, wanted, None, 0))
+        answer, theirs = made[self._ours[0]], wanted[self._theirs[0]]
+        return losses.relative(answer if self._projection is None else self._projection(answer), theirs)
 
     def _losses(self, step: int, done: float) -> Iterator[Callable[[], Tensor]]:
         epoch, at = divmod(step, len(self._trained))

@@ -64,7 +64,7 @@ class Matching:
     def __call__(self, lesson: Lesson) -> Tensor:
         """The loss of one micro-batch, a mean over its samples."""
         found = self._forward(lesson.feeds, [p.student for p in self.pairs])
-        total = self._outputs(found, lesson)
+        total = self.outputs(found, lesson)
         if self.pairs:
             parts = [self._feature(p, found[p.student], lesson.answers[p.teacher]) for p in self.pairs]
             total = total + self._weights.features * torch.stack(parts).mean()
@@ -74,7 +74,8 @@ class Matching:
         projection = self._projections.get(pair.student)
         return losses.relative(student if projection is None else projection(student), teacher)
 
-    def _outputs(self, found: Mapping[str, Tensor], lesson: Lesson) -> Tensor:
+    def outputs(self, found: Mapping[str, Tensor], lesson: Lesson) -> Tensor:
+        """The part of the loss that the outputs have, a mean over samples."""
         parts = []
         for target in self._targets:
             student, teacher = found[target.name], lesson.answers[target.name]

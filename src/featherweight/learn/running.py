@@ -37,8 +37,6 @@ from featherweight.learn.training import Outcome, Recipe, Trainer, Work
 from featherweight.quantities import format_bytes
 from featherweight.search.problem import input_specs
 
-#: Share of the data that validates, where nobody said which.
-VALIDATION = 0.12
 #: Share of the time that goes to the blocks where both stages are asked for.
 LAYERS_TIME = 0.3
 #: Highest learning rates relative to the size of each weight, and the weight of inner tensors.
@@ -131,19 +129,17 @@ class Run:
             self._take(self._data, specs)
             return
         sources = []
-        for source in [asked.calibration, self._data] if asked.calibration is not None else [self._data]:
+        given = [asked.calibration, self._data] if asked.calibration is not None else [self._data]
+        for number, source in enumerate(given):
             if source is None:
                 raise DataError("distillation needs data; give some with --data")
             opened = fwdata.open_data(
                 source, specs, preprocess=asked.preprocess, tokenizer=asked.tokenizer, batch_size=asked.batch_size,
-                spool_folder=self.work / "given",
+                spool_folder=self.work / f"given-{number}",
             )  # fmt: skip
             sources.append(opened)
         evaluation = sources[1] if len(sources) > 1 else None
-        share = 0.7 if evaluation is None else 1 - VALIDATION
-        parts = fwdata.split(
-            sources[0], calibration=share, validation=VALIDATION, seed=asked.seed, evaluation=evaluation
-        )
+        parts = fwdata.split_to_teach(sources[0], seed=asked.seed, evaluation=evaluation)
         self.notes += [*sources[0].notes, *parts.notes]
         self._take(parts, specs)
 
@@ -287,13 +283,15 @@ class Run:
         if not found:
             self.notes.append(Note("layers", "no inner tensor of the student stands for one of the teacher: left out"))
             return [], []
+        last = blocks.tail(self.student_model, self._pairs)
+        found += [] if last is None else [last]
         shapes = {n: x.shape for n, x in next(iter(self._validation.batches())).feeds.items()}
         macs = {n.name: n.macs or 0 for n in cost.costs(self.student_model, input_shapes=shapes).nodes}
         each = None if asked.max_steps is None else max(1, asked.max_steps // len(found))
         recipe = Recipe(asked.rate or RATE_LAYERS, most_steps=each, checks=6, patience=6)
         job = layerwise.Blockwise(
             self.student.executor, found, [1 + sum(macs.get(n, 0) for n in b.nodes) for b in found], recipe,
-            self._units, asked.seed,
+            self._units, [t.name for t in self._targets], self._matching.outputs, asked.seed,
         )  # fmt: skip
         start = None if here is None else (int(here.state["block"]), here.state["trainer"], here.tensors)
         began = self.entry[0]
@@ -309,8 +307,7 @@ class Run:
         self._matching.fit(next(iter(lessons.step(0))))
         if self._memory.recompute:
             cuts = [p.student for p in self._matching.pairs or self._pairs]
-            found = {b.end.student: b for b in blocks.blocks(self.student_model, [Pair(c, c) for c in cuts])}
-            reads = [found[c].starts for c in cuts]
+            reads = [b.starts for b in blocks.blocks(self.student_model, [Pair(c, c) for c in cuts])]
             last = blocks.reads_behind(self.student_model, cuts[-1]) if cuts else tuple(shapes_of(self.student_model))
             self.student.recompute_between(cuts, [*reads, last])
         work = Work(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,18 @@ class Watch:
         if math.isfinite(loss) and loss < self.best:
             return Watch(loss, step, 0)
         return dataclasses.replace(self, since=self.since + 1)
+
+    def stalled(self, patience: int, losses: Sequence[float]) -> bool:
+        """True if `patience` checks brought nothing better and their `losses`, the latest last, do not even fall.
+
+        A student that was solved for, not trained, gets worse while the rate is high and better as the rate falls: a
+        run that is on its way back is not at its end.
+        """
+        if self.since < patience:
+            return False
+        window = losses[-patience:]
+        half = len(window) // 2
+        return not math.fsum(window[half:]) / (len(window) - half) < math.fsum(window[:half]) / max(half, 1)
 
     def is_best(self, step: int) -> bool:
         """True if the best was seen at this step."""

@@ -60,7 +60,7 @@ class Work:
 @dataclass(frozen=True)
 class Recipe:
     """`rate`: the highest learning rate; `ema`: decay of the averaged weights, 0 for none; `patience`: checks without a
-    better one before the end; `most_steps`: fixes the plan, so that it does not depend on the clock.
+    better one, and not falling, before the end; `most_steps`: fixes the plan, so that it does not depend on the clock.
     """
 
     rate: float
@@ -188,7 +188,7 @@ class Trainer:
                 interrupted, reason = True, "stopped by the user"
                 self.keep()
                 break
-            if state.watch.since >= self._recipe.patience:
+            if state.watch.stalled(self._recipe.patience, [p.check for p in state.curve]):
                 reason = f"the last {state.watch.since} checks on validation data brought nothing better"
                 break
             if self._seconds() >= self._limit:
