@@ -117,7 +117,8 @@ def run(row: Row, source: Path, time: str, stages: str) -> dict[str, Any]:
         shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", "featherweight.cli", "distill", str(quantize.original(task))]
     command += ["--student", str(student(row, source)), "--data", str(source / "imagenet-samples"), *task.reading]
-    command += ["--time-budget", time, "--stages", stages, "--json", "-o", str(out), *(["--resume"] if resume else [])]
+    command += ["--time-budget", time, *(["--stages", stages] if stages else []), "--json", "-o", str(out)]
+    command += ["--resume"] if resume else []
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return {"error": done.stderr.strip()[-300:]}
@@ -178,7 +179,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of labelled data (see benchmarks/README.md)")
     parser.add_argument("--rows", default="", help="names, separated by commas; default: all")
     parser.add_argument("--time", default="20m", help="time budget of a row (default: %(default)s)")
-    parser.add_argument("--stages", default="layers,end", help="default: %(default)s")
+    parser.add_argument("--stages", default="", help="layers, end; default: what the program chooses")
     parser.add_argument("--again", action="store_true", help="run rows again that were measured before")
     parser.add_argument("--list", action="store_true", help="print the names of the rows")
     args = parser.parse_args()

@@ -188,6 +188,46 @@ def test_memory_is_fitted_by_halving_then_recomputing_then_refused() -> None:
         fit_memory(mark, 16, 50 << 20)
 
 
+@pytest.mark.parametrize("shape", [(5, 3, 8, 6), (5, 8, 6, 3)])
+def test_mixtures_are_of_an_image_and_its_follower(shape: tuple[int, ...]) -> None:
+    images = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    others = np.roll(images, -1, axis=0)
+    seen = 0.0
+    for seed in range(20):
+        cut = augment.mixed({"x": images}, augment.Augment(cutmix=True), np.random.default_rng(seed))["x"]
+        assert cut.dtype == np.float32
+        assert np.all((cut == images) | (cut == others))
+        seen += float((cut == others).mean())
+        added = augment.mixed({"x": images}, augment.Augment(mixup=True), np.random.default_rng(seed))["x"]
+        weight = ((added - others) * (images - others)).sum(axis=(1, 2, 3)) / np.square(images - others).sum((1, 2, 3))
+        assert np.all((weight > 0.49) & (weight < 1.01))
+        weight = weight.reshape(-1, 1, 1, 1)
+        assert np.allclose(added, weight * images + (1 - weight) * others, atol=1e-5)
+    assert seen / 20 == pytest.approx(0.25, abs=0.05)  # the share of the follower is drawn from 0..1/2
+
+
+def test_colors_change_and_mixtures_are_for_unlabelled_image_files(tmp_path: Path) -> None:
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        (tmp_path / str(i % 2)).mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (20, 20, 3)).astype(np.uint8)).save(tmp_path / str(i % 2) / f"{i}.png")
+    spec = InputSpec("x", np.dtype(np.float32), ("n", 3, 16, 16))
+    data = open_data(tmp_path, [spec], preprocess="resize=none,crop=16,mean=0:0:0,std=255:255:255")
+    assert str(augment.parse("auto", data)) == "flip,crop,color,mixup,cutmix"
+    assert str(augment.parse("auto", data, labels=True)) == "flip,crop,color"
+    plain, one, same, other = (
+        augment.read(data, (0, 1), augment.Augment(color=color), np.random.default_rng(seed))["x"]
+        for color, seed in ((False, 1), (True, 1), (True, 1), (True, 2))
+    )
+    assert np.array_equal(one, same)
+    assert not np.array_equal(one, plain)
+    assert not np.array_equal(one, other)
+    assert one.min() >= 0
+    assert one.max() <= 1
+
+
 def test_augmentation_suits_the_data(tmp_path: Path) -> None:
     spec = InputSpec("x", np.dtype(np.float32), ("n", 3, 8, 8))
     images = np.random.default_rng(0).normal(size=(6, 3, 8, 8)).astype(np.float32)
@@ -201,8 +241,8 @@ def test_augmentation_suits_the_data(tmp_path: Path) -> None:
     assert drawn[0].shape == (2, 3, 8, 8)
     flipped = augment.read(data, (0,), augment.Augment(flip=True), np.random.default_rng(0))["x"][0]
     assert any(np.array_equal(flipped, x) for x in (images[0], images[0][:, :, ::-1]))
-    mixed = augment.mixed({"x": images}, np.random.default_rng(0))["x"]
-    assert mixed.shape == images.shape
+    with pytest.raises(DataError, match="augment=color is for image files"):
+        augment.parse("color", data)
     np.savez(tmp_path / "b.npz", x=np.zeros((4, 5), np.float32))
     table = open_data(tmp_path / "b.npz", [InputSpec("x", np.dtype(np.float32), ("n", 5))])
     with pytest.raises(DataError, match="for images"):

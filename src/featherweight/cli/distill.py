@@ -26,11 +26,14 @@ WRITTEN = ("model.onnx", "report.json", "report.html")
 @options.data_option
 @option("--calibration", metavar="DATA", section="Data", help="Data to train on. Default: a part of --data.")
 @option("--labels", is_flag=True, section="Data", help="Learn from labels too, where the data has classes.")
-@option("--augment", metavar="KINDS", section="Data", help="flip,crop,mixup or none. Default: flip,crop for images.")
+@option(
+    "--augment", metavar="KINDS", section="Data",
+    help="flip, crop, color, mixup, cutmix or none. Default: all of them for image files.",
+)  # fmt: skip
 @options.metric_option
 @options.form_options
 @option("--batch-size", type=click.IntRange(min=1), metavar="N", section="Search", help="Samples a step. Default: 16.")
-@option("--stages", metavar="A,B", section="Search", help="layers, end. Default: both.")
+@option("--stages", metavar="A,B", section="Search", help="layers, end. Default: end; both for codes.")
 @option(
     "--loss",
     type=click.Choice(["auto", "kl", "embedding", "mse"]),
@@ -38,10 +41,19 @@ WRITTEN = ("model.onnx", "report.json", "report.html")
     section="Search",
     help="auto (by what the outputs are), kl, embedding or mse.",
 )
-@option("--temperature", type=float, metavar="T", section="Search", help="Of the class scores. Default: 1.")
-@option("--features", type=float, metavar="W", section="Search", help="Weight of inner tensors. Default: 1.")
-@option("--learning-rate", "rate", type=float, metavar="R", section="Search", help="Highest, relative to each weight.")
-@option("--ema", type=float, metavar="DECAY", section="Search", help="Average weights over steps, e.g. 0.995.")
+@option(
+    "--temperature", type=float, metavar="T", section="Search", help="Of the class scores. Default: 4; 1 with labels."
+)
+@option("--features", type=float, metavar="W", section="Search", help="Weight of inner tensors. Default: 8.")
+@option(
+    "--learning-rate",
+    "rate",
+    type=float,
+    metavar="R",
+    section="Search",
+    help="Highest, relative to each weight. Default: by the damage.",
+)
+@option("--ema", type=float, metavar="DECAY", section="Search", help="Average weights over steps. Default: 0.98.")
 @option("--train-scales", is_flag=True, section="Search", help="Train the quantizers' scales too.")
 @option("--max-steps", type=click.IntRange(min=1), metavar="N", section="Search", help="Steps of each stage.")
 @option(

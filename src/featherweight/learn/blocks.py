@@ -8,6 +8,7 @@ student really feeds it (Li 2021, BRECQ, arXiv:2102.05426).
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -108,7 +109,8 @@ def pairs(
 
     Tensors of one name are taken to mean the same, and those `named` (teacher, student). `shapes`: concrete ones of
     both. Kept are pairs of equal shape, and those that differ on the one axis of channels; of places that follow each
-    other without a matrix between them the last, and of the rest the narrow ones: the trunk between wide inner layers.
+    other without a matrix between them the last of the largest (a map says more than its mean: Wang 2022, MiR,
+    arXiv:2201.02620), and of the rest the narrow ones: the trunk between wide inner layers.
     """
     theirs, ours = shapes
     partner = {name: name for name in theirs} | {s: t for t, s in named}
@@ -120,7 +122,7 @@ def pairs(
         axis = _axis(theirs[other], ours[name])
         if axis is not False:
             found.append(Pair(other, name, axis))
-    found = _thinned(student, found)
+    found = _thinned(student, found, ours)
     widths = [_width(ours[p.student]) for p in found]
     hills = [
         any(w > x for x in widths[max(i - HILL, 0) : i]) and any(w > x for x in widths[i + 1 : i + 1 + HILL])
@@ -145,12 +147,19 @@ def _axis(a: Shape, b: Shape) -> int | bool | None:
     return wanted if differing == [wanted] else False
 
 
-def _thinned(student: ir.Model, found: Sequence[Pair]) -> list[Pair]:
-    """Of neighbours with no matrix between them only the last."""
+def _thinned(student: ir.Model, found: Sequence[Pair], shapes: Mapping[str, Shape]) -> list[Pair]:
+    """Of neighbours with no matrix between them only the last of the largest; none of those behind the last matrix."""
     stored = student.graph.initializers
     between = weights_between(student, [p.student for p in found])
     matrices = [any(_rank(stored[n]) > 1 for n in names if n in stored) for names in between]
-    return [p for p, following in zip(found, matrices[1:], strict=True) if following]
+    kept: list[Pair] = []
+    run: list[Pair] = []
+    for pair, following in zip(found, matrices[1:], strict=True):
+        run.append(pair)
+        if following:
+            kept.append(max(reversed(run), key=lambda p: math.prod(shapes[p.student])))
+            run = []
+    return kept
 
 
 def weights_between(model: ir.Model, places: Sequence[str]) -> list[tuple[str, ...]]:

@@ -21,27 +21,33 @@ from featherweight.quantities import parse_duration, parse_size
 
 STAGES = ("layers", "end")
 DEFAULT_TIME = "20m"
+#: Temperature where labels do not teach: classes that the data do not show are taught by their small scores.
+TEMPERATURE = 4.0
+EMA = 0.98
 
 
 @dataclass(frozen=True)
 class Asked:
     """One request, checked. Times in seconds, sizes in bytes; None where the default decides.
 
-    `rate`: highest learning rate, relative to the size of each weight; `features`: weight of inner tensors in the loss;
+    `stages` None: blocks first where weights lie on grids, whose rounding is learned there; else only end to end.
+    `rate`: highest learning rate, relative to the size of each weight; None: by how damaged the student is.
+    `temperature` None: `TEMPERATURE`, with labels 1. `features`: weight of inner tensors in the loss;
+    `ema`: decay of the averaged weights that are checked and kept, 0 for the weights as they are;
     `max_steps`: fixes the number of steps of each stage, so that a run does not depend on the clock.
     """
 
     teacher: Path
     student: str
-    stages: tuple[str, ...] = STAGES
+    stages: tuple[str, ...] | None = None
     loss: str = "auto"
     labels: bool = False
     metric: str | None = None
     augment: str = "auto"
-    temperature: float = 1.0
+    temperature: float | None = None
     features: float | None = None
     rate: float | None = None
-    ema: float = 0.0
+    ema: float = EMA
     train_scales: bool = False
     batch_size: int = 16
     max_steps: int | None = None
@@ -54,8 +60,7 @@ class Asked:
     calibration: Any = None
 
     def __post_init__(self) -> None:
-        unknown = [s for s in self.stages if s not in STAGES]
-        if unknown or not self.stages:
+        if self.stages is not None and (not self.stages or set(self.stages) - set(STAGES)):
             raise DataError(f"stages must be some of {', '.join(STAGES)}, but got {', '.join(self.stages) or 'none'}")
         for name in ("batch_size", "max_steps", "temperature", "rate"):
             value = getattr(self, name)

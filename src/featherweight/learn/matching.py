@@ -148,13 +148,16 @@ def steps_of(lessons: Lessons, matching: Matching, step: int) -> Iterator[Callab
 class Checker:
     """Loss of the outputs and the metric over validation data that nothing is trained on.
 
-    The teacher's answers are read once; the loss is at temperature 1, without features and labels.
+    The teacher's answers are read once; the loss is the one trained with, at its temperature, without features and
+    labels.
     """
 
     def __init__(
-        self, forward: Forward, targets: Sequence[Target], dataset: Dataset, teacher: Teacher, metric: Metric
-    ) -> None:
+        self, forward: Forward, targets: Sequence[Target], dataset: Dataset, teacher: Teacher, metric: Metric,
+        temperature: float = 1.0,
+    ) -> None:  # fmt: skip
         self._forward, self._targets, self._dataset, self._metric = forward, targets, dataset, metric
+        self._temperature = temperature
         names = [t.name for t in targets]
         self._answers = [teacher(b.feeds, names) for b in dataset.batches()]
         self._whole = metric.whole or not self._fits()
@@ -172,7 +175,9 @@ class Checker:
             found = self._forward(feeds, ())
             for target in self._targets:
                 mask = mask_for(feeds, found[target.name])
-                loss = losses.output_loss(target, found[target.name], answers[target.name], temperature=1, mask=mask)
+                loss = losses.output_loss(
+                    target, found[target.name], answers[target.name], temperature=self._temperature, mask=mask
+                )
                 total += batch.n * float(loss) / len(self._targets)
             samples += batch.n
             if not self._whole:

@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -26,12 +26,12 @@ from featherweight.graph.channels.follow import concrete
 from featherweight.learn import augment, blocks, layerwise, losses, students
 from featherweight.learn.blocks import Pair
 from featherweight.learn.checkpoints import Checkpoints, Saved
-from featherweight.learn.distill import Asked
+from featherweight.learn.distill import STAGES, TEMPERATURE, Asked
 from featherweight.learn.keeping import StageKeeper, stage_from
 from featherweight.learn.matching import Checker, Matching, Weights, rescaled, steps_of
 from featherweight.learn.proof import Proof
 from featherweight.learn.result import Block, Distilled, Stage
-from featherweight.learn.student import Footprint, Student, fit_memory, resident_bytes, saved_bytes
+from featherweight.learn.student import COPIES, Footprint, Student, fit_memory, resident_bytes, saved_bytes
 from featherweight.learn.teacher import Lessons, Teacher, as_tensors
 from featherweight.learn.training import Outcome, Recipe, Trainer, Work
 from featherweight.quantities import format_bytes
@@ -40,7 +40,11 @@ from featherweight.search.problem import input_specs
 #: Share of the time that goes to the blocks where both stages are asked for.
 LAYERS_TIME = 0.3
 #: Highest learning rates relative to the size of each weight, and the weight of inner tensors.
-RATE_LAYERS, RATE_END, FEATURES = 1e-3, 5e-4, 1.0
+RATE_LAYERS, RATE_END, FEATURES = 1e-3, 5e-3, 8.0
+#: Relative error of inner tensors and outputs from which the whole rate is taken; the least share of it.
+DAMAGED, LEAST_RATE = 0.25, 0.1
+#: Samples whose inner tensors say whether both networks mean the same by them; one would fit any scales.
+PROBE = 8
 #: Of the time budget, for measuring at the end; at least this many seconds.
 PROOF_SHARE, PROOF_S = 0.04, 5.0
 
@@ -157,9 +161,9 @@ class Run:
             setattr(self, f"_{role}", fwdata.spool(part, folder, inputs=specs, progress=self.progress))
         if asked.labels and not self._train.has_labels:
             raise DataError(f"--labels needs labelled data, but {self._train.source} has no labels; leave it out")
-        self._how = augment.parse(asked.augment, self._train)
-        if asked.labels and self._how.mixup:
-            raise DataError("mixtures of images have no labels; leave out --labels or mixup")
+        self._how = augment.parse(asked.augment, self._train, labels=asked.labels)
+        if asked.labels and self._how.mixes:
+            raise DataError("mixtures of images have no labels; leave out --labels, or mixup and cutmix")
 
     _validation: fwdata.Dataset
     _holdout: fwdata.Dataset
@@ -173,7 +177,9 @@ class Run:
             raise ModelError(f"{self.student_path} has no weight that can be trained; give another student")
         self.notes += self.student.executor.fenced
         units = self._train.units()
-        first = augment.read(self._train, units[0], augment.Augment(), np.random.default_rng(0))
+        several = PROBE if self._train.origin.stackable and not self._train.fixed else 1
+        group = [atom for unit in units[:several] for atom in unit]
+        first = augment.read(self._train, group, augment.Augment(), np.random.default_rng(0))
         shapes = {
             n: tuple(2 if i == 0 and not self._train.fixed else d for i, d in enumerate(x.shape))
             for n, x in first.items()
@@ -193,11 +199,14 @@ class Run:
         answers = {v.name or "": found[v.name or ""].numpy() for v in self.teacher.graph.outputs}
         self._targets = losses.choose(answers, self.metric, asked.loss)
         equal = [p for p in self._pairs if p.axis is None]
+        self._rate = asked.rate or RATE_END * min(max(_damage(own, found, equal) / DAMAGED, LEAST_RATE), 1.0)
+        temperature = (1.0 if asked.labels else TEMPERATURE) if asked.temperature is None else asked.temperature
         features = FEATURES if asked.features is None else asked.features
-        self._weights = Weights(features=features, temperature=asked.temperature)
+        self._weights = Weights(features=features, temperature=temperature)
+        self._wanted = asked.stages or (STAGES if self.student.executor.grids() else STAGES[1:])
         self._matching = Matching(self.student.forward, self._targets, equal or self._pairs, self._weights)
         self.progress.start("seeing how the student does now")
-        self._check = Checker(self.student.forward, self._targets, self._validation, teacher, self.metric)
+        self._check = Checker(self.student.forward, self._targets, self._validation, teacher, self.metric, temperature)
         self._fit_memory()
         self._units = self.student.units()  # of the weights as they were given, so that a resumed run has the same
         if saved is not None:
@@ -212,7 +221,9 @@ class Run:
         each = max(saved_bytes(lambda: self._matching(lesson)) - stored, 0) // max(lesson.n, 1)
         ends = sum(lesson.answers[p.teacher].nbytes for p in self._pairs) // max(lesson.n, 1)
         largest = each // max(len(self._pairs) // 2, 1)
-        footprint = Footprint(5 * stored, each + 2 * ends, 2 * ends + 2 * largest, resident_bytes())
+        footprint = Footprint(
+            (COPIES + (asked.ema > 0)) * stored, each + 2 * ends, 2 * ends + 2 * largest, resident_bytes()
+        )
         self._memory = fit_memory(footprint, asked.batch_size, asked.max_memory)
         self._footprint = footprint
         if self._memory.micro < asked.batch_size or self._memory.recompute:
@@ -247,7 +258,7 @@ class Run:
         done: list[Stage] = []
         if saved is not None:
             done = [stage_from(raw) for raw in saved.state["done"]]
-        for name in self.asked.stages:
+        for name in self._wanted:
             if any(s.name == name for s in done) or self._stopped:
                 continue
             here = saved if saved is not None and saved.state["stage"] == name else None
@@ -258,7 +269,7 @@ class Run:
             if here is not None:
                 before = {n: here.tensors[f"entry/{n}"] for n in before}
             self.entry = (began, loss_before, before)
-            both = name == "layers" and "end" in self.asked.stages
+            both = name == "layers" and "end" in self._wanted
             until = began + (limit - began) * LAYERS_TIME if both else limit
             run = self._layers if name == "layers" else self._end
             outcomes, made = run(until, here, done)
@@ -314,7 +325,7 @@ class Run:
             self.student.parameters(), self._units,
             lambda step, _done: steps_of(lessons, self._matching, step), self._check, self._matching.fixed,
         )  # fmt: skip
-        recipe = Recipe(self.asked.rate or RATE_END, ema=self.asked.ema, most_steps=self.asked.max_steps)
+        recipe = Recipe(self._rate, ema=self.asked.ema, most_steps=self.asked.max_steps)
         trainer = Trainer(
             work, recipe, seconds=until - self.entry[0], keeper=self._keeper("end", 0, done),
             progress=self.progress, name="end to end", stop=lambda: self._stopped,
@@ -357,7 +368,8 @@ class Run:
                         "holdout": self._holdout.n_samples},
             "augment": str(self._how), "batch": self.asked.batch_size, "micro_batch": self._memory.micro,
             "recompute": self._memory.recompute, "predicted_peak_bytes": self._memory.predicted,
-            "threads": self._threads, "seed": self.asked.seed, "temperature": self.asked.temperature,
+            "threads": self._threads, "seed": self.asked.seed, "temperature": self._weights.temperature,
+            "features": self._weights.features, "rate": self._rate,
             "matched": [p.student for p in self._matching.pairs],
         }  # fmt: skip
         if not self._stopped:
@@ -367,6 +379,18 @@ class Run:
             tuple(map(str, self._targets)), tuple(stages), self.elapsed(), resident_bytes("VmHWM"),
             tuple(self.notes), facts, self._stopped,
         )  # fmt: skip
+
+
+def _damage(own: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], pairs: Sequence[Pair]) -> float:
+    """Mean relative error of the student's inner tensors and outputs."""
+    names = [(p.student, p.teacher) for p in pairs] + [(n, n) for n in own if n in theirs]
+    both = [(own[s], theirs[t]) for s, t in dict.fromkeys(names)]
+    errors = [float(losses.relative(a, b)) for a, b in both if _comparable(a, b)]
+    return sum(errors) / len(errors) if errors else DAMAGED
+
+
+def _comparable(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.is_floating_point() and b.is_floating_point()
 
 
 def shapes_of(model: ir.Model) -> list[str]:

@@ -104,8 +104,8 @@ class Lessons:
     def lesson(self, group: tuple[int, ...], rng: np.random.Generator) -> Lesson:
         """Some atoms as a lesson."""
         feeds = augment.read(self.dataset, group, self._how, rng)
-        if self._how.mixup:
-            feeds = augment.mixed(feeds, rng)
+        if self._how.mixes:
+            feeds = augment.mixed(feeds, self._how, rng)
         labels = None
         if self._labels:
             found = self.dataset.origin.labels(group)
