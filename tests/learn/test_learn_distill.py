@@ -294,3 +294,32 @@ def test_calibration_data_may_stand_beside_the_data_it_is_reported_on(folder: Pa
         metric="kl", out=tmp_path / "run",
     )  # fmt: skip
     assert found.facts["samples"] == {"training": 100, "validation": 20, "holdout": 30}
+
+
+def test_maps_are_compared_not_their_means(folder: Path) -> None:
+    """Behind the last filters the map before pooling is the place: it says more than its mean does."""
+    from featherweight.graph import surgery
+    from featherweight.graph.channels.follow import concrete
+    from featherweight.learn import blocks
+
+    model = io.load(folder / "teacher.onnx")
+    surgery.sort(model)
+    shapes = concrete(model, {"x": (2, 3, SIDE, SIDE)})
+    assert [p.student for p in blocks.pairs(model, (shapes, shapes))] == ["ra", "rs"]
+
+
+def test_what_is_not_asked_follows_from_the_student(folder: Path, tmp_path: Path) -> None:
+    """Floats are taught end to end, codes block by block first; a student near its teacher is taught slowly."""
+    network(folder / "near.onnx", 1, noise=0.01)
+    given: dict[str, Any] = {"max_steps": 2, "threads": 1, "metric": "kl"}
+    found = {
+        name: fw.distill(folder / "teacher.onnx", folder / f"{name}.onnx", folder / "data.npz", **given)
+        for name in ("noisy", "near", "coarse")
+    }
+    assert {n: [s.name for s in f.stages] for n, f in found.items()} == {
+        "noisy": ["end"], "near": ["end"], "coarse": ["layers", "end"]
+    }  # fmt: skip
+    rates = {n: f.facts["rate"] for n, f in found.items()}
+    assert rates["near"] == pytest.approx(5e-4)
+    assert rates["near"] < rates["noisy"] <= 5e-3
+    assert found["noisy"].facts["temperature"] == 4.0
