@@ -40,7 +40,7 @@ from featherweight.search.problem import input_specs
 #: Share of the time that goes to the blocks where both stages are asked for.
 LAYERS_TIME = 0.3
 #: Highest learning rates relative to the size of each weight, and the weight of inner tensors.
-RATE_LAYERS, RATE_END, FEATURES = 1e-3, 5e-3, 8.0
+RATE_LAYERS, RATE_END, FEATURES = 1e-3, 3e-3, 8.0
 #: Relative error of inner tensors and outputs from which the whole rate is taken; the least share of it.
 DAMAGED, LEAST_RATE = 0.25, 0.1
 #: Samples whose inner tensors say whether both networks mean the same by them; one would fit any scales.
@@ -233,11 +233,11 @@ class Run:
                      f"{format_bytes(self._memory.predicted)} predicted at most")
             )  # fmt: skip
 
-    def _lessons(self, *, batch: int = 0, micro: int = 0) -> Lessons:
+    def _lessons(self, *, batch: int = 0, micro: int = 0, names: Sequence[str] | None = None) -> Lessons:
         asked = self.asked
         return Lessons(
             self._train, self._ask, batch=batch or asked.batch_size, micro=micro or self._memory.micro,
-            seed=asked.seed, how=self._how, labels=asked.labels,
+            seed=asked.seed, how=self._how, labels=asked.labels, names=names,
         )  # fmt: skip
 
     def _restore(self, saved: Saved) -> None:
@@ -314,7 +314,7 @@ class Run:
         return outcomes, made
 
     def _end(self, until: float, here: Saved | None, done: Sequence[Stage]) -> tuple[list[Outcome], list[Block]]:
-        lessons = self._lessons()
+        lessons = self._lessons(names=[*(t.name for t in self._targets), *self._matching.inner])
         self._matching.fit(next(iter(lessons.step(0))))
         if self._memory.recompute:
             cuts = [p.student for p in self._matching.pairs or self._pairs]

@@ -62,13 +62,15 @@ class Lessons:
     """The training data as micro-batches of a step, drawn by seed and step alone, so that resuming needs no state.
 
     `batch`: samples a step, at least one unit; `micro`: samples at a time. A model that takes a fixed number of rows
-    gets them unit by unit.
+    gets them unit by unit. `names`: tensors the teacher is asked for; None: all it can give.
     """
 
     def __init__(
-        self, dataset: Dataset, teacher: Teacher, *, batch: int, micro: int, seed: int, how: Augment, labels: bool
-    ) -> None:
+        self, dataset: Dataset, teacher: Teacher, *, batch: int, micro: int, seed: int, how: Augment, labels: bool,
+        names: Sequence[str] | None = None,
+    ) -> None:  # fmt: skip
         self.dataset, self._teacher, self._how, self._labels = dataset, teacher, how, labels
+        self._names = names
         self._units = dataset.units()
         sizes = dataset.origin.sizes()
         each = max(1, int(sizes[list(self._units[0])].sum()))
@@ -116,10 +118,10 @@ class Lessons:
     def _answers(self, group: tuple[int, ...], feeds: Mapping[str, Array]) -> dict[str, Tensor]:
         """The teacher's, kept where single atoms come back unchanged."""
         if self._how.any:
-            return self._teacher(feeds)
+            return self._teacher(feeds, self._names)
         if group in self._kept:
             return self._kept[group]
-        found = self._teacher(feeds)
+        found = self._teacher(feeds, self._names)
         size = sum(x.nbytes for x in found.values())
         if len(group) == 1 and self._kept_bytes + size <= KEPT_BYTES:
             self._kept[group] = found
