@@ -160,8 +160,8 @@ def main() -> int:
         more = np.concatenate([x, x, rows(spliced(texts, 2 * len(texts)))])
         np.savez(unlabelled, grams=np.concatenate([x, thinned(more, np.random.default_rng(0))]))
         found = fw.distill(
-            files["teacher"], small, unlabelled, out=folder / "run", stages=("end",), loss="kl", features=0, rate=0.03, temperature=1.0,
-            batch_size=64, max_steps=1500 if large else 150,
+            files["teacher"], small, unlabelled, out=folder / "run", stages=("end",), loss="kl", features=0, rate=0.03,
+            temperature=1.0, batch_size=64, max_steps=1500 if large else 150,
         )  # fmt: skip
         files["student, distilled"] = found.model
         report = fw.compress(

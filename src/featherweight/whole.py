@@ -13,10 +13,12 @@ from featherweight.errors import OutputError
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to; it takes the place of `path` if all went well. Raises OutputError."""
+def whole_file(path: Path, *, make_folder: bool = False) -> Iterator[IO[bytes]]:
+    """A file to write to; it takes the place of `path` if all went well. Raises OutputError; leaves nothing behind."""
     temporary = ""
     try:
+        if make_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise OutputError(f"the output must be a file, but {path} is a folder; give a name in it")
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -24,7 +26,7 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, 0o644)  # mkstemp makes private files; a result is for others to read
         os.replace(temporary, path)
     except OSError as e:
         raise OutputError(f"{path} cannot be written ({e.strerror or e}); free space or name another folder") from e

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import inspect
 import json
-import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from featherweight.convert.door import Converted, is_convertible, to_onnx
 from featherweight.core import Note, Progress, Silent
 from featherweight.errors import DataError, OutputError
 from featherweight.runtime.sandbox import Worker
+from featherweight.whole import whole_file
 
 FILE, RECORD = "source.onnx", "source.json"
 EXAMPLES = 2
@@ -148,15 +148,8 @@ def _write(found: Converted, folder: Path) -> None:
         "sizes": [dict(s) for s in found.sizes], "notes": [dataclasses.asdict(n) for n in found.notes],
         "tokenizer": None if found.tokenizer is None else str(found.tokenizer.resolve()),
     }  # fmt: skip
-    temporary = folder / f".{RECORD}.partial"
-    try:
-        with temporary.open("w", encoding="utf-8") as f:
-            json.dump(record, f, indent=1)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(folder / RECORD)
-    except OSError as e:
-        raise OutputError(f"{folder / RECORD} cannot be written: {e.strerror or e}") from e
+    with whole_file(folder / RECORD) as f:
+        f.write(json.dumps(record, indent=1).encode())
 
 
 def _read(folder: Path) -> Converted:

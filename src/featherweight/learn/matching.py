@@ -126,6 +126,16 @@ def rescaled(pair: Pair, student: Tensor, teacher: Tensor) -> bool:
     return float(spread) > SAME_SPREAD and explained
 
 
+@torch.no_grad()
+def damage(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], pairs: Sequence[Pair]) -> float:
+    """Mean relative error of a student's inner tensors and outputs; 1 where nothing can be compared."""
+    names = [(p.student, p.teacher) for p in pairs] + [(n, n) for n in own if n in theirs]
+    both = [(own[s], theirs[t]) for s, t in dict.fromkeys(names)]
+    fits = [(a, b) for a, b in both if a.shape == b.shape and a.is_floating_point() and b.is_floating_point()]
+    errors = [float(losses.relative(a, b)) for a, b in fits]
+    return sum(errors) / len(errors) if errors else 1.0
+
+
 def mask_for(feeds: Mapping[str, Tensor], value: Tensor) -> Tensor | None:
     """The attention mask (rows, tokens) among the feeds that fits `value` (rows, tokens, d), if any."""
     if value.ndim != 3:
@@ -196,4 +206,4 @@ class Checker:
         return Check(total / max(samples, 1), value)
 
 
-__all__ = ["Checker", "Forward", "Matching", "Weights", "mask_for", "rescaled", "steps_of"]
+__all__ = ["Checker", "Forward", "Matching", "Weights", "damage", "mask_for", "rescaled", "steps_of"]

@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -28,7 +28,7 @@ from featherweight.learn.blocks import Pair
 from featherweight.learn.checkpoints import Checkpoints, Saved
 from featherweight.learn.distill import STAGES, TEMPERATURE, Asked
 from featherweight.learn.keeping import StageKeeper, stage_from
-from featherweight.learn.matching import Checker, Matching, Weights, rescaled, steps_of
+from featherweight.learn.matching import Checker, Matching, Weights, damage, rescaled, steps_of
 from featherweight.learn.proof import Proof
 from featherweight.learn.result import Block, Distilled, Stage
 from featherweight.learn.student import COPIES, Footprint, Student, fit_memory, resident_bytes, saved_bytes
@@ -199,7 +199,7 @@ class Run:
         answers = {v.name or "": found[v.name or ""].numpy() for v in self.teacher.graph.outputs}
         self._targets = losses.choose(answers, self.metric, asked.loss)
         equal = [p for p in self._pairs if p.axis is None]
-        self._rate = asked.rate or RATE_END * min(max(_damage(own, found, equal) / DAMAGED, LEAST_RATE), 1.0)
+        self._rate = asked.rate or RATE_END * min(max(damage(own, found, equal) / DAMAGED, LEAST_RATE), 1.0)
         temperature = (1.0 if asked.labels else TEMPERATURE) if asked.temperature is None else asked.temperature
         features = FEATURES if asked.features is None else asked.features
         self._weights = Weights(features=features, temperature=temperature)
@@ -379,18 +379,6 @@ class Run:
             tuple(map(str, self._targets)), tuple(stages), self.elapsed(), resident_bytes("VmHWM"),
             tuple(self.notes), facts, self._stopped,
         )  # fmt: skip
-
-
-def _damage(own: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], pairs: Sequence[Pair]) -> float:
-    """Mean relative error of the student's inner tensors and outputs."""
-    names = [(p.student, p.teacher) for p in pairs] + [(n, n) for n in own if n in theirs]
-    both = [(own[s], theirs[t]) for s, t in dict.fromkeys(names)]
-    errors = [float(losses.relative(a, b)) for a, b in both if _comparable(a, b)]
-    return sum(errors) / len(errors) if errors else DAMAGED
-
-
-def _comparable(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and a.is_floating_point() and b.is_floating_point()
 
 
 def shapes_of(model: ir.Model) -> list[str]:

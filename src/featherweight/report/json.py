@@ -9,14 +9,14 @@ import dataclasses
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from featherweight.core import Attempt, Budget, Interval, Measurement, Note, Plan, Report
-from featherweight.errors import OutputError, PlanError
+from featherweight.errors import PlanError
+from featherweight.whole import whole_file
 
 SCHEMA = 1
 
@@ -101,26 +101,9 @@ def read(path: Path) -> Report:
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write a text file whole or not at all: a temporary file in the same folder, synced, then renamed.
-
-    Raises:
-        OutputError: the folder is not writable or the disk is full; nothing is left behind.
-    """
-    temporary = ""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes private files; a report is for others to read
-        os.replace(temporary, path)
-    except OSError as e:
-        raise OutputError(f"{path} cannot be written ({e.strerror or e}); free space or name another folder") from e
-    finally:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
+    """Write a text file whole or not at all, its folder too. Raises OutputError; nothing is left behind."""
+    with whole_file(path, make_folder=True) as file:
+        file.write(text.encode())
 
 
 def _measurement(raw: Mapping[str, Any]) -> Measurement:
