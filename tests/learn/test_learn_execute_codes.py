@@ -340,3 +340,45 @@ def test_the_runtimes_own_blocks_pass_gradients_on(bits, zeros) -> None:
     model = model_of(nodes, weights, {"x": [None, 7]}, 2)
     model.graph.opset_imports["com.microsoft"] = 1
     check(model, {"x": rng.standard_normal((3, 7)).astype(np.float32)}, {"u"})
+
+
+def test_neighbours_on_a_palette_by_hand() -> None:
+    """What learned rounding moves between: the entries below and above in the order of values, none past the ends."""
+    book = np.array([[3.0, -1.0, 0.5, 0.5], [10.0, 20.0, 40.0, 80.0]], np.float32)
+    model = encoded_model(encode.palette(np.array([[0, 1], [2, 2], [3, 1], [0, 2]]), book, 2))
+    (grid,) = Executor(model).grids().values()
+    assert grid.around is not None
+    here, down, up = (x.tolist() for x in grid.around)
+    assert here == [[3.0, -1.0], [0.5, 0.5], [80.0, 20.0], [10.0, 40.0]]
+    assert down[0] == [2.5, 0.0]
+    assert up[0] == [0.0, 1.5]
+    assert down[2:] == [[40.0, 10.0], [0.0, 20.0]]
+    assert up[2:] == [[0.0, 20.0], [10.0, 40.0]]
+
+
+@pytest.mark.parametrize("kind", ["palette", "linear", "bitmask"])
+def test_learned_moves_are_to_values_a_file_can_hold(kind: str) -> None:
+    from featherweight.learn.rounding import Rounding
+
+    model = encoded_model(random_encoded(kind, 3, (6, 5), 4))
+    executor = Executor(model)
+    rounding = Rounding(executor, executor.parameters_by_name())
+    assert rounding
+    (name,) = rounding.names
+    before = executor.parameters_by_name()[name].detach().clone()
+    with torch.no_grad():
+        for p in rounding.parameters().values():
+            p.copy_(torch.linspace(-3, 3, p.numel()).reshape(p.shape))
+    (moved,) = rounding.weights(hard=True).values()
+    rounding.settle()
+    feeds = {"x": np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)}
+    written = executor.write_back(model)
+    again = Executor(written).parameters_by_name()[name].detach()
+    assert torch.allclose(again, moved, atol=1e-6)
+    assert not torch.allclose(again, before, atol=1e-6)
+    if kind == "bitmask":
+        assert torch.equal(again == 0, before == 0)
+    np.testing.assert_allclose(
+        executor({k: torch.from_numpy(v) for k, v in feeds.items()})["y"].detach().numpy(),
+        run_ort(written, feeds)["y"], rtol=1e-5, atol=1e-5,
+    )  # fmt: skip

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from featherweight.learn.ops.quantizing import along, fake_quantize, round_clip
 
+Around = tuple[Tensor, Tensor, Tensor]
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -22,10 +24,13 @@ class Grid:
 
     `step`: distance between neighbouring values of the grid, broadcasts against the weight (of a codebook: its mean
     gap). `value`: name of the rounded weight in the graph; feed that one to `Executor.segment` to round it yourself.
+    `around`: the value of the grid each weight is rounded to, how far it is to the next below and to the next above
+    (0 at an end); None where `step` says it.
     """
 
     step: Tensor
     value: str
+    around: Around | None = None
 
 
 class Affine(nn.Module):
@@ -132,6 +137,17 @@ class Book(nn.Module):
             return gap.reshape(())
         return gap.repeat_interleave(latent.shape[0] // self.groups).reshape(-1, *(1,) * (latent.ndim - 1))
 
+    def around(self, latent: Tensor, book: Tensor) -> Around:
+        """The nearest entries, and how far it is from them to the entries below and above."""
+        entries = self._book(book, latent)
+        ordered, _ = torch.sort(entries.detach(), dim=1)
+        place = nearest(latent.reshape(self.groups, -1), ordered)
+        here = torch.gather(ordered, 1, place)
+        below = torch.gather(ordered, 1, (place - 1).clamp_min(0))
+        above = torch.gather(ordered, 1, (place + 1).clamp_max(ordered.shape[1] - 1))
+        shape = latent.shape
+        return here.reshape(shape), (here - below).reshape(shape), (above - here).reshape(shape)
+
     def codes(self, latent: Tensor, book: Tensor) -> Tensor:
         """Indices into the book."""
         return nearest(latent.reshape(self.groups, -1), self._book(book, latent)).reshape(latent.shape)
@@ -192,6 +208,12 @@ class Levels(nn.Module):
         steps, step, _ = self._steps(latent, scale)
         return self.book.spacing(steps, book) * step
 
+    def around(self, latent: Tensor, scale: Tensor, book: Tensor) -> Around:
+        """As of the book, in the weight's own units."""
+        steps, step, zero = self._steps(latent, scale)
+        here, below, above = self.book.around(steps, book)
+        return (here - zero) * step, below * step, above * step
+
     def codes(self, latent: Tensor, scale: Tensor, book: Tensor) -> Tensor:
         """Indices into the book of allowed codes."""
         return self.book.codes(self._steps(latent, scale)[0], book)
@@ -215,6 +237,13 @@ class Masked(nn.Module):
     def spacing(self, latent: Tensor, *parts: Tensor) -> Tensor | None:
         """That of the grid inside; None for plain floats."""
         return None if self.inner is None else self.inner.spacing(latent, *parts)
+
+    def around(self, latent: Tensor, *parts: Tensor) -> Around | None:
+        """That of the grid inside; what is always 0 has no neighbours. None for plain floats."""
+        if self.inner is None:
+            return None
+        step = self.inner.spacing(latent, *parts) * self.mask
+        return self.forward(latent, *parts), step, step
 
     def codes(self, latent: Tensor, *parts: Tensor) -> Tensor:
         """Codes everywhere; those behind the mask mean nothing."""

@@ -69,9 +69,12 @@ class Trained:
         name = self.values[0].name or ""
         spacing: Any = getattr(self.shaper, "spacing", None) if self.encoded is not None else None
         if spacing is not None:
+            parts = [_part(p, tensors) for p in self.parts]
+            around: Any = getattr(self.shaper, "around", None)
             with torch.no_grad():
-                step: Tensor | None = spacing(tensors[self.name], *(_part(p, tensors) for p in self.parts))
-            return None if step is None else Grid(step, name)
+                step: Tensor | None = spacing(tensors[self.name], *parts)
+                near = None if around is None or step is None else around(tensors[self.name], *parts)
+            return None if step is None else Grid(step, name, near)
         node = next((n for n, i in self.values[0].uses() if n.op_type == "QuantizeLinear" and i == 0), None)
         behind = None if node is None else next((n for n, _ in node.outputs[0].uses()), None)
         if node is None or behind is None or behind.op_type != "DequantizeLinear" or node.inputs[1] is None:

@@ -184,7 +184,7 @@ def _advance(
 
 
 class _Taught:
-    """One block in training: its loss on a micro-batch, with learned rounding where its codes lie on even grids."""
+    """One block in training: its loss on a micro-batch, with learned rounding where weights lie on grids of codes."""
 
     def __init__(self, job: Blockwise, block: Block, files: Files, k: int) -> None:
         known = job.executor.parameters_by_name()

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from featherweight.learn._grids import Around, Grid
 from featherweight.learn.execute import Executor
 
 #: The soft move is tanh stretched by this and cut off, so that whole moves are reached (as AdaRound's sigmoid).
@@ -22,18 +23,17 @@ FIRST_POWER, LAST_POWER = 20.0, 2.0
 FREE = 0.4
 #: What a learning rate of 1 moves the variable behind a soft move by.
 UNIT = 50.0
-#: A weight lies on an even grid if it is this near to whole steps.
+#: A weight lies on its grid if it is this share of a step near to it.
 EVEN = 1e-2
 
 
 class Moves(nn.Module):
-    """Codes of one weight and their soft moves; `base` in steps, whole numbers that stay within those in use."""
+    """Values of one weight and their soft moves. `down`, `up`: how far the next values are; 0 where there is none."""
 
-    def __init__(self, base: Tensor, step: Tensor) -> None:
+    def __init__(self, here: Tensor, down: Tensor, up: Tensor) -> None:
         super().__init__()
-        self.base, self.step = base, step
-        self.low, self.high = float(base.min()), float(base.max())
-        self.variable = nn.Parameter(torch.zeros_like(base))
+        self.here, self.down, self.up = here, down, up
+        self.variable = nn.Parameter(torch.zeros_like(here))
 
     def moves(self) -> Tensor:
         """Soft moves in -1..1."""
@@ -41,9 +41,8 @@ class Moves(nn.Module):
 
     def weight(self, *, hard: bool) -> Tensor:
         """The weight with its codes moved; `hard`: by whole steps, as a file will have it."""
-        move = self.moves()
-        codes = self.base + (torch.round(move) if hard else move)
-        return codes.clamp(self.low, self.high) * self.step
+        move = torch.round(self.moves()) if hard else self.moves()
+        return self.here + move.clamp_min(0) * self.up + move.clamp_max(0) * self.down
 
     def penalty(self, done: float) -> Tensor:
         """Mean of 1 - |2|m| - 1|^power over the moves m: 0 where all are whole; none before `FREE`."""
@@ -54,7 +53,7 @@ class Moves(nn.Module):
 
 
 class Rounding:
-    """Learned moves of those weights that lie on an even grid; the others are left to straight-through steps."""
+    """Learned moves of those weights that lie on a grid of codes; the others are left to straight-through steps."""
 
     def __init__(self, executor: Executor, names: Iterable[str]) -> None:
         self._parameters = executor.parameters_by_name()
@@ -64,11 +63,10 @@ class Rounding:
         for name in names:
             if name not in grids or name not in self._parameters:
                 continue
-            latent, grid = self._parameters[name].detach(), grids[name]
-            steps = torch.nan_to_num(latent / grid.step)
-            if latent.ndim > 1 and float((steps - steps.round()).abs().max()) < EVEN:
-                self._moves[name] = Moves(steps.round(), grid.step.detach())
-                self._values[name] = grid.value
+            around = _around(self._parameters[name].detach(), grids[name])
+            if around is not None:
+                self._moves[name] = Moves(*around)
+                self._values[name] = grids[name].value
 
     def __bool__(self) -> bool:
         return bool(self._moves)
@@ -104,3 +102,24 @@ class Rounding:
         """Give the executor the weights with their codes moved by whole steps."""
         for name, m in self._moves.items():
             self._parameters[name].copy_(m.weight(hard=True))
+
+
+def _around(latent: Tensor, grid: Grid) -> Around | None:
+    """Value, distance down and distance up of a matrix or filter that lies on its grid; None for any other.
+
+    Codes on even steps stay within those in use.
+    """
+    if latent.ndim < 2:
+        return None
+    if grid.around is not None:
+        here, down, up = (x.detach().expand_as(latent).contiguous() for x in grid.around)
+        on_grid = float(((here - latent).abs() - EVEN * grid.step).max()) < 0
+        return (here, down, up) if on_grid else None
+    step = grid.step.detach().expand_as(latent)
+    steps = torch.nan_to_num(latent / step)
+    base = steps.round()
+    if float((steps - base).abs().max()) >= EVEN:
+        return None
+    zero = torch.zeros_like(step)
+    down, up = torch.where(base > base.min(), step, zero), torch.where(base < base.max(), step, zero)
+    return base * step, down, up
