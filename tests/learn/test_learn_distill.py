@@ -323,3 +323,15 @@ def test_what_is_not_asked_follows_from_the_student(folder: Path, tmp_path: Path
     assert rates["near"] == pytest.approx(3e-4)
     assert rates["near"] < rates["noisy"] <= 3e-3
     assert found["noisy"].facts["temperature"] == 4.0
+
+
+@pytest.mark.parametrize("student", ["noisy.onnx", "coarse.onnx"])
+def test_frozen_weights_stay(folder: Path, tmp_path: Path, student: str) -> None:
+    found = teach(folder, student, out=tmp_path / "run", freeze="a.w, d.*", rate=3e-2, max_steps=100)
+    before, after = (io.load(p).graph.initializers for p in (folder / student, found.model))
+    same = {n for n in before if np.array_equal(before[n].const_value.numpy(), after[n].const_value.numpy())}
+    end = ".q" if student == "coarse.onnx" else ""
+    assert {f"a.w{end}", f"d.w{end}", "d.b"} <= same
+    assert not {f"b.w{end}", "a.b"} & same
+    with pytest.raises(ModelError, match=r"no weight to freeze is named 'zz\*'; weights are "):
+        teach(folder, student, out=tmp_path / "other", freeze="zz*")

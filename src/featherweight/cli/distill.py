@@ -54,6 +54,7 @@ WRITTEN = ("model.onnx", "report.json", "report.html")
     help="Highest, relative to each weight. Default: by the damage.",
 )
 @option("--ema", type=float, metavar="DECAY", section="Search", help="Average weights over steps. Default: 0.98.")
+@option("--freeze", metavar="NAMES", section="Search", help="Weights that stay, e.g. '*embeddings*'; commas between.")
 @option("--train-scales", is_flag=True, section="Search", help="Train the quantizers' scales too.")
 @option("--max-steps", type=click.IntRange(min=1), metavar="N", section="Search", help="Steps of each stage.")
 @option(

@@ -34,6 +34,7 @@ class Asked:
     `rate`: highest learning rate, relative to the size of each weight; None: by how damaged the student is.
     `temperature` None: `TEMPERATURE`, with labels 1. `features`: weight of inner tensors in the loss;
     `ema`: decay of the averaged weights that are checked and kept, 0 for the weights as they are;
+    `freeze`: patterns of names, separated by commas, of weights that stay as they are, e.g. "*embeddings*";
     `max_steps`: fixes the number of steps of each stage, so that a run does not depend on the clock.
     """
 
@@ -49,6 +50,7 @@ class Asked:
     rate: float | None = None
     ema: float = EMA
     train_scales: bool = False
+    freeze: str = ""
     batch_size: int = 16
     max_steps: int | None = None
     seconds: float | None = None
@@ -102,7 +104,7 @@ def distill(
         resume: go on with the run in `out` that was stopped or killed.
         progress: where long work reports itself.
         **asked: the fields of `Asked`: stages, loss, labels, metric, augment, temperature, features, rate, ema,
-            train_scales, batch_size, max_steps, threads, seed, preprocess, tokenizer, calibration.
+            train_scales, freeze, batch_size, max_steps, threads, seed, preprocess, tokenizer, calibration.
 
     Raises:
         MissingExtraError: torch is not installed; the text names the extra.

@@ -187,9 +187,9 @@ class _Taught:
     """One block in training: its loss on a micro-batch, with learned rounding where weights lie on grids of codes."""
 
     def __init__(self, job: Blockwise, block: Block, files: Files, k: int) -> None:
-        known = job.executor.parameters_by_name()
+        known = {n: p for n, p in job.executor.parameters_by_name().items() if p.requires_grad}
         self._job, self._block, self._files, self._k = job, block, files, k
-        self.rounding = Rounding(job.executor, block.weights)
+        self.rounding = Rounding(job.executor, [n for n in block.weights if n in known])
         self.parameters = {n: known[n] for n in block.weights if n in known and n not in self.rounding.names}
         self.parameters |= self.rounding.parameters()
         self._theirs, self._ours = job.ends(block)

@@ -172,7 +172,8 @@ class Run:
         """Executor, losses, memory; where the run stood."""
         asked = self.asked
         torch.manual_seed(asked.seed)
-        self.student = Student(self.student_model, train_scales=asked.train_scales)
+        frozen = [pattern.strip() for pattern in asked.freeze.split(",") if pattern.strip()]
+        self.student = Student(self.student_model, train_scales=asked.train_scales, freeze=frozen)
         if not self.student.parameters():
             raise ModelError(f"{self.student_path} has no weight that can be trained; give another student")
         self.notes += self.student.executor.fenced

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from featherweight.errors import BudgetError
+from featherweight.errors import BudgetError, ModelError
 from featherweight.learn.execute import Executor
 from featherweight.learn.optimiser import unit_of
 from featherweight.quantities import format_bytes
 
 #: Values of each weight that training keeps: the weight, its gradient, two moments, the best so far.
 COPIES = 5
+#: Names told in a message.
+NAMED = 8
 #: Torch and its kernels need this beside what is counted, as a share and in bytes.
 SLACK, BASE_BYTES = 1.25, 100 << 20
 
@@ -71,16 +74,25 @@ def fit_memory(print_: Footprint, batch: int, limit: int | None) -> Fit:
 class Student:
     """An executor with its inputs' memory layout, optional recomputation, and learning rates by weight."""
 
-    def __init__(self, model: ir.Model, *, train_scales: bool) -> None:
+    def __init__(self, model: ir.Model, *, train_scales: bool, freeze: Sequence[str] = ()) -> None:
+        """`freeze`: patterns of names of weights that stay. Raises ModelError for one that fits no weight."""
         self.model = model
         self.executor = Executor(model, train_scales=train_scales).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._parts: list[tuple[Callable[[Mapping[str, Tensor]], dict[str, Tensor]], tuple[str, ...]]] = []
         self._outputs = [v.name or "" for v in model.graph.outputs]
+        known = self.executor.parameters_by_name()
+        for pattern in freeze:
+            fits = fnmatch.filter(known, pattern)
+            if not fits:
+                raise ModelError(
+                    f"no weight to freeze is named {pattern!r}; weights are {', '.join([*known][:8])}, ..."
+                )
+            for name in fits:
+                known[name].requires_grad_(False)
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """All that is trained, by name."""
-        found: dict[str, torch.nn.Parameter] = self.executor.parameters_by_name()
-        return found
+        return {n: p for n, p in self.executor.parameters_by_name().items() if p.requires_grad}
 
     def units(self) -> dict[str, Tensor]:
         """What a learning rate of 1 moves each weight by."""
@@ -117,6 +129,12 @@ class Student:
         if absent:
             raise BudgetError(f"inner tensors between recomputed parts cannot be matched: {absent}")
         return {n: values[n] for n in (*self._outputs, *names)}
+
+
+def _some(names: Iterable[str]) -> str:
+    """A few names in order."""
+    ordered = sorted(names)
+    return ", ".join(ordered[:NAMED]) + (f" and {len(ordered) - NAMED} more" if len(ordered) > NAMED else "")
 
 
 def saved_bytes(run: Callable[[], Any]) -> int:
