@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from featherweight.errors import ModelError
 from featherweight.graph import io, surgery
@@ -116,3 +116,21 @@ def test_text_in_a_protobuf_is_read_out():
     read = surgery.materialise(ir.TensorProtoTensor(proto))
     assert (read.name, list(read.shape)) == ("words", [2])
     assert read.numpy().tolist() == [b"a", b"bc"]
+
+
+def test_what_only_a_removed_body_reads_goes_too(build):
+    """A node that nobody needs takes with it what its sub-graph captured, weights included."""
+    body = helper.make_graph(
+        [N("Mul", ["h", "w"], ["inside"])],
+        "then",
+        [],
+        [helper.make_tensor_value_info("inside", TensorProto.FLOAT, None)],
+    )
+    nodes = [
+        N("Neg", ["x"], ["y"]), N("Abs", ["x"], ["h"]), N("If", ["c"], ["lost"], then_branch=body, else_branch=body)
+    ]  # fmt: skip
+    model = build(nodes, {"w": np.ones(2, np.float32), "c": np.array(True)}, inputs={"x": [2]})
+    assert [v.name for v in model.graph.outputs] == ["y"]
+    surgery.remove_unused(model)
+    assert [n.op_type for n in model.graph] == ["Neg"]
+    assert not model.graph.initializers

@@ -30,30 +30,6 @@ _STORED_BYTES = 4096
 _DECODER_DEPTH = 40
 
 
-def bodies(node: ir.Node) -> Iterator[ir.Graph]:
-    """The sub-graphs of one node."""
-    for attr in node.attributes.values():
-        if not attr.is_ref() and attr.type == ir.AttributeType.GRAPH:
-            yield attr.as_graph()
-        elif not attr.is_ref() and attr.type == ir.AttributeType.GRAPHS:
-            yield from attr.as_graphs()
-
-
-def reads(node: ir.Node) -> Iterator[ir.Value]:
-    """What a node needs of its own graph: its inputs and what its sub-graphs capture, at any depth."""
-    yield from (v for v in node.inputs if v is not None)
-    for body in bodies(node):
-        yield from (v for v in _captured(body) if v.graph is node.graph)
-
-
-def _captured(body: ir.Graph) -> Iterator[ir.Value]:
-    yield from body.outputs
-    for inner in surgery.walk(body):
-        yield from (v for v in inner.inputs if v is not None)
-        for deeper in bodies(inner):
-            yield from deeper.outputs
-
-
 def tensor_bytes(shape: tuple[int, ...] | None, dtype: ir.DataType | None) -> tuple[int, int]:
     """(bytes as it is, bytes with floats as int8 with one scale and zero point); 0 where not known."""
     if shape is None or dtype is None:
@@ -77,7 +53,12 @@ def cheap(
     found: set[ir.Node] = set()
     shape_values: set[ir.Value] = set()
     for n in nodes:
-        if alone[group[n]] > 1 or n.op_type in surgery.RANDOM_OPS or any(True for _ in bodies(n)) or not n.outputs:
+        if (
+            alone[group[n]] > 1
+            or n.op_type in surgery.RANDOM_OPS
+            or any(True for _ in surgery.bodies(n))
+            or not n.outputs
+        ):
             continue
         of_shapes = n.op_type in ("Shape", "Size") or (
             bool(node_reads[n]) and all(v in shape_values for v in node_reads[n]) and _stores_little(n)

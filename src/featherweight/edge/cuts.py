@@ -182,7 +182,7 @@ def cut_graph(model: ir.Model, *, input_shapes: Mapping[str, tuple[int, ...]] | 
     known = shapes.infer(model) if open_axes else sizes
     const: dict[ir.Value, bool] = {}
     nodes = [n for n in graph if not (n.outputs and all(surgery.is_constant(o, const) for o in n.outputs))]
-    reads = {n: tuple(dict.fromkeys(v for v in grouping.reads(n) if not surgery.is_constant(v, const))) for n in nodes}
+    reads = {n: tuple(dict.fromkeys(v for v in surgery.reads(n) if not surgery.is_constant(v, const))) for n in nodes}
     types = {v: v.type or getattr(known.get(v.name or ""), "type", None) for n in nodes for v in n.outputs}
     raw = _raw(graph, nodes, reads)
     group = grouping.groups(model, nodes, reads, types, const)
@@ -243,7 +243,7 @@ def _node_costs(model: ir.Model, input_shapes: Mapping[str, tuple[int, ...]]) ->
     counted = iter(cost.costs(model, input_shapes=input_shapes).nodes)
     found = {}
     for node in model.graph:
-        inner = 1 + sum(1 for body in grouping.bodies(node) for _ in surgery.walk(body))
+        inner = 1 + sum(1 for body in surgery.bodies(node) for _ in surgery.walk(body))
         lines = [next(counted) for _ in range(inner)]
         found[node.name or ""] = _Costs(
             sum(c.macs or 0 for c in lines),

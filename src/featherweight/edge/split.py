@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from featherweight.edge import _grouping as grouping
 from featherweight.edge import cuts, mincut
 from featherweight.edge._files import write_text
 from featherweight.edge.cuts import CutGraph, Tensor
@@ -231,7 +230,6 @@ def _set_outputs(graph: ir.Graph, outputs: Sequence[ir.Value]) -> None:
 
 def _finish(model: ir.Model, keep: Sequence[str] | set[str]) -> None:
     """Drop what this side does not need: nodes, weights, inputs."""
-    _empty_dead_bodies(model.graph)
     surgery.remove_unused(model)
     for value in list(model.graph.inputs):
         captured = any(value in body.outputs for body in model.graph.subgraphs())
@@ -241,24 +239,6 @@ def _finish(model: ir.Model, keep: Sequence[str] | set[str]) -> None:
         for output in node.outputs:
             if output.name and output.name.endswith("/made_by_head"):
                 output.name = None  # an output nobody reads of a node that is run again
-
-
-def _empty_dead_bodies(graph: ir.Graph) -> None:
-    """Let nodes that lead to no output capture nothing: a body that goes with its node would else count as a reader."""
-    stack, live = [v.producer() for v in graph.outputs], set()
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in live:
-            live.add(node)
-            stack.extend(v.producer() for v in grouping.reads(node))
-    for node in graph:
-        if node in live:
-            continue
-        for body in grouping.bodies(node):
-            for inner in surgery.walk(body):
-                for index in range(len(inner.inputs)):
-                    inner.replace_input_with(index, None)
-            body.outputs.clear()
 
 
 def _make(folder: Path) -> None:

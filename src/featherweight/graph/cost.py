@@ -204,19 +204,11 @@ def _node_costs(model: ir.Model, sizes: _Sizes) -> Iterator[NodeCost]:
             macs = 0 if once == 0 else None if once is None or runs is None else once * runs
             output = 0 if at_load else sum(sizes.nbytes(o) for o in node.outputs if o.name)
             yield NodeCost(paths[node], node.op_type, macs, weight_bytes, output)
-            for body in _bodies(node):
+            for body in surgery.bodies(node):
                 trips = _trips(node, sizes)
                 yield from visit(body, None if trips is None or runs is None else runs * trips)
 
     yield from visit(model.graph, 1)
-
-
-def _bodies(node: ir.Node) -> Iterator[ir.Graph]:
-    for attr in node.attributes.values():
-        if not attr.is_ref() and attr.type == ir.AttributeType.GRAPH:
-            yield attr.as_graph()
-        elif not attr.is_ref() and attr.type == ir.AttributeType.GRAPHS:
-            yield from attr.as_graphs()
 
 
 def _trips(node: ir.Node, sizes: _Sizes) -> int | None:
@@ -248,7 +240,7 @@ def _peak(graph: ir.Graph, sizes: _Sizes) -> tuple[int, str]:
     for position, node in enumerate(order):
         new = [o for o in node.outputs if o.name and root.get(o, o) is o and not sizes.is_constant(o)]
         reused = _reused(node, position, last, forever, held - set(inputs), root, sizes)
-        inside = max((_peak(body, sizes)[0] for body in _bodies(node)), default=0)
+        inside = max((_peak(body, sizes)[0] for body in surgery.bodies(node)), default=0)
         added = sum(sizes.nbytes(o) for o in new)
         saved = sizes.nbytes(reused) if reused is not None else 0
         if live + added - saved + inside > peak:
@@ -277,7 +269,7 @@ def _buffers(graph: ir.Graph, order: list[ir.Node]) -> dict[ir.Value, ir.Value]:
 def _reads(node: ir.Node) -> Iterator[ir.Value]:
     """Everything a node needs: its inputs and what its bodies capture."""
     yield from (v for v in node.inputs if v is not None)
-    for body in _bodies(node):
+    for body in surgery.bodies(node):
         yield from (v for v in body.outputs)
         for inner in body:
             yield from _reads(inner)

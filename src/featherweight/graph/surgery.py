@@ -112,6 +112,30 @@ def walk(graph: ir.Graph | ir.Function) -> Iterator[ir.Node]:
     yield from ir.traversal.RecursiveGraphIterator(graph)
 
 
+def bodies(node: ir.Node) -> Iterator[ir.Graph]:
+    """The sub-graphs of one node."""
+    for attr in node.attributes.values():
+        if not attr.is_ref() and attr.type == ir.AttributeType.GRAPH:
+            yield attr.as_graph()
+        elif not attr.is_ref() and attr.type == ir.AttributeType.GRAPHS:
+            yield from attr.as_graphs()
+
+
+def reads(node: ir.Node) -> Iterator[ir.Value]:
+    """What a node needs of its own graph: its inputs and what its sub-graphs capture, at any depth."""
+    yield from (v for v in node.inputs if v is not None)
+    for body in bodies(node):
+        yield from (v for v in _captured(body) if v.graph is node.graph)
+
+
+def _captured(body: ir.Graph) -> Iterator[ir.Value]:
+    yield from body.outputs
+    for inner in walk(body):
+        yield from (v for v in inner.inputs if v is not None)
+        for deeper in bodies(inner):
+            yield from deeper.outputs
+
+
 def names(model: ir.Model) -> set[str]:
     """Every node and value name in use anywhere in the model."""
     used: set[str] = set()
@@ -316,6 +340,8 @@ def remove_node(node: ir.Node) -> None:
 def remove_unused(model: ir.Model) -> int:
     """Drop nodes, initializers and functions that no output depends on; returns how many nodes and weights went."""
     before = _count(model)
+    for graph in list(model.graphs()):
+        _release(graph)
     common.RemoveUnusedNodesPass()(model)
     for graph in model.graphs():
         for name, value in list(graph.initializers.items()):
@@ -323,6 +349,22 @@ def remove_unused(model: ir.Model) -> int:
                 graph.initializers.pop(name)
     common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     return before - _count(model)
+
+
+def _release(graph: ir.Graph) -> None:
+    """Let nodes that lead to no output capture nothing: a body that goes with its node would else count as a reader."""
+    stack, live = [v.producer() for v in graph.outputs], set()
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in live:
+            live.add(node)
+            stack.extend(v.producer() for v in reads(node))
+    for node in graph:
+        for body in () if node in live else bodies(node):
+            for inner in walk(body):
+                for index in range(len(inner.inputs)):
+                    inner.replace_input_with(index, None)
+            body.outputs.clear()
 
 
 def _count(model: ir.Model) -> int:
@@ -346,14 +388,8 @@ def paths(model: ir.Model) -> dict[ir.Node, str]:
         for node in graph:
             path = prefix + (node.name or node.op_type)
             found[node] = path
-            for attr in node.attributes.values():
-                if attr.is_ref():
-                    continue
-                if attr.type == ir.AttributeType.GRAPH:
-                    visit(attr.as_graph(), path + ".")
-                elif attr.type == ir.AttributeType.GRAPHS:
-                    for sub in attr.as_graphs():
-                        visit(sub, path + ".")
+            for body in bodies(node):
+                visit(body, path + ".")
 
     visit(model.graph, "")
     return found

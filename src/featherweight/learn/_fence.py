@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from featherweight.errors import ModelError, RunError
-from featherweight.graph import io
+from featherweight.graph import io, surgery
 from featherweight.learn import _tensors
 from featherweight.learn.ops.registry import describe
 
@@ -19,7 +19,7 @@ class Fence:
     """A kernel that runs one node in a session of its own, made at the first call for the types that arrive."""
 
     def __init__(self, node: ir.Node, model: ir.Model) -> None:
-        if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
+        if any(True for _ in surgery.bodies(node)):
             raise ModelError(f"{describe(node)} holds a graph and is not known here; it can be neither run nor passed")
         self._node, self._opsets, self._version = node, dict(model.graph.opset_imports), model.ir_version
         self._sessions: dict[tuple[Any, ...], Any] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -51,7 +51,7 @@ def meeting_places(graph: ir.Graph) -> list[str]:
     nodes = list(graph)
     last: dict[ir.Value, int] = {}
     for i, node in enumerate(nodes):
-        for value in _reads(node):
+        for value in surgery.reads(node):
             last[value] = i
     for value in graph.outputs:
         last[value] = len(nodes)
@@ -60,7 +60,7 @@ def meeting_places(graph: ir.Graph) -> list[str]:
     known: dict[ir.Value, bool] = {}
     found = []
     for i, node in enumerate(nodes):
-        reads = list(_reads(node))
+        reads = list(surgery.reads(node))
         live -= {v for v in reads if last.get(v, -1) <= i}
         if any(v in learned for v in reads) or _learns(reads, known):
             made = [v for v in node.outputs if v in last and not surgery.is_constant(v, known)]
@@ -69,17 +69,6 @@ def meeting_places(graph: ir.Graph) -> list[str]:
             if len(live) == 1 and made and made[0] in live and not made[0].is_graph_output():
                 found.append(made[0].name or "")
     return found
-
-
-def _reads(node: ir.Node) -> Iterable[ir.Value]:
-    """Values a node reads, in its bodies too."""
-    yield from (v for v in node.inputs if v is not None)
-    for attribute in node.attributes.values():
-        graphs = [attribute.as_graph()] if attribute.type == ir.AttributeType.GRAPH else []
-        graphs += list(attribute.as_graphs()) if attribute.type == ir.AttributeType.GRAPHS else []
-        for body in graphs:
-            for inner in surgery.walk(body):
-                yield from (v for v in inner.inputs if v is not None)
 
 
 def _learns(reads: Sequence[ir.Value], known: dict[ir.Value, bool]) -> bool:
@@ -174,7 +163,7 @@ def weights_between(model: ir.Model, places: Sequence[str]) -> list[tuple[str, .
         for node in nodes[start + 1 : end + 1]:
             if all(surgery.is_constant(v, known) for v in node.inputs if v is not None):
                 continue
-            for value in _reads(node):
+            for value in surgery.reads(node):
                 if surgery.is_constant(value, known):
                     stored.update(dict.fromkeys(_roots(value)))
         groups.append(tuple(stored))
@@ -231,7 +220,7 @@ def _beside(model: ir.Model, name: str, place: str) -> bool:
     """True if an input is still needed, directly or through masks made of it, behind `place`."""
     nodes = list(model.graph)
     at = next(i for i, node in enumerate(nodes) if any(v.name == place for v in node.outputs))
-    behind = {v for node in nodes[at + 1 :] for v in _reads(node)}
+    behind = {v for node in nodes[at + 1 :] for v in surgery.reads(node)}
     made = {v for node in nodes[at + 1 :] for v in node.outputs}
     todo, seen = [v for v in behind if v not in made and v.name != place], set()
     while todo:
@@ -243,5 +232,5 @@ def _beside(model: ir.Model, name: str, place: str) -> bool:
             return True
         producer = v.producer()
         if producer is not None:
-            todo.extend(x for x in _reads(producer))
+            todo.extend(x for x in surgery.reads(producer))
     return False

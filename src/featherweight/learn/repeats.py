@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from featherweight.graph import surgery
-from featherweight.graph.channels.follow import concrete, graphs_in
+from featherweight.graph.channels.follow import concrete
 
 _METADATA = frozenset({"Shape", "Size"})
 """Readers of a tensor's shape alone: no data flows through them."""
@@ -95,7 +95,7 @@ def _trunks(graph: ir.Graph) -> list[list[ir.Value]]:
     made: list[list[ir.Value]] = [*([v] for v in inputs), *(list(n.outputs) for n in nodes)]
     index = {node: i for i, node in enumerate(nodes, len(inputs))}
     for node, i in list(index.items()):
-        index |= {n: i for a in node.attributes.values() for g in graphs_in(a) for n in surgery.walk(g)}
+        index |= {n: i for g in surgery.bodies(node) for n in surgery.walk(g)}
     last = len(made)
     parent, depth = [last] * (last + 1), [0] * (last + 1)
     for i in range(last - 1, -1, -1):
@@ -208,7 +208,7 @@ class _Forms:
             self.weights |= len(shape) > 1
             return text
         node = value.producer()
-        if node is None or depth > _DEEP or any(graphs_in(a) for a in node.attributes.values()):
+        if node is None or depth > _DEEP or any(True for _ in surgery.bodies(node)):
             return f"own {value.name}"
         source = node.inputs[0] if node.inputs else None
         if node.op_type in _METADATA and source is not None and (source.name or "") in self._sizes:
@@ -223,7 +223,7 @@ def _digest(parts: Sequence[str]) -> str:
 
 
 def _attribute(attribute: ir.Attr) -> str:
-    if attribute.is_ref() or graphs_in(attribute):
+    if attribute.is_ref() or attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
         return f"own {id(attribute)}"
     if attribute.type == ir.AttributeType.TENSOR:
         tensor = attribute.as_tensor()

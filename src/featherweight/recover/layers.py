@@ -110,7 +110,7 @@ def changed_values(original: ir.Model, reduced: ir.Model) -> set[str]:
 
     for node in reduced.graph:
         twin = nodes.get(node.outputs[0].name) if node.outputs else None
-        inside = {v for a in node.attributes.values() for g in _bodies(a) for n in surgery.walk(g) for v in n.inputs}
+        inside = {v for g in surgery.bodies(node) for n in surgery.walk(g) for v in n.inputs}
         if (
             twin is None
             or twin.op_type != node.op_type
@@ -120,12 +120,6 @@ def changed_values(original: ir.Model, reduced: ir.Model) -> set[str]:
         ):
             changed.update(v.name for v in node.outputs if v.name)
     return changed
-
-
-def _bodies(attribute: ir.Attr) -> list[ir.Graph]:
-    if attribute.type == ir.AttributeType.GRAPH:
-        return [attribute.as_graph()]
-    return list(attribute.as_graphs()) if attribute.type == ir.AttributeType.GRAPHS else []
 
 
 def _layer(weight: Weight, theirs: Set[str]) -> tuple[Layer | None, _Place | None]:
@@ -279,8 +273,7 @@ def _above(value: ir.Value) -> set[str]:
             node = v.producer()
             if node is not None:
                 todo += [i for i in node.inputs if i is not None]
-                for a in node.attributes.values():
-                    todo += [i for g in _bodies(a) for n in surgery.walk(g) for i in n.inputs if i is not None]
+                todo += [i for g in surgery.bodies(node) for n in surgery.walk(g) for i in n.inputs if i is not None]
     return found
 
 

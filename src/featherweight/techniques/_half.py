@@ -137,12 +137,8 @@ def _node(state: _Conversion, node: ir.Node, fenced: list[str], *, full: bool) -
     for i, value in enumerate(node.inputs):
         if value is not None and value in state.was_float:
             node.replace_input_with(i, state.version(value, wanted[i]))
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            _graph(state, attribute.as_graph(), fenced, fence_all=full)
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            for body in attribute.as_graphs():
-                _graph(state, body, fenced, fence_all=full)
+    for body in surgery.bodies(node):
+        _graph(state, body, fenced, fence_all=full)
     if full:
         return
     _retarget(node)

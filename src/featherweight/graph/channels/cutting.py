@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from featherweight.errors import ModelError
 from featherweight.graph import surgery
-from featherweight.graph.channels.follow import STANDARD, Following, Rule, Stored, constant_axes, graphs_in
+from featherweight.graph.channels.follow import STANDARD, Following, Rule, Stored, constant_axes
 from featherweight.graph.channels.slots import I64, positions, varying
 
 KEPT = "featherweight.kept"
@@ -187,7 +187,7 @@ def cut_slots(f: Following, rules: Mapping[str, Rule], gone: npt.NDArray[np.bool
 
 def _walk(graph: ir.Graph, c: Cutting, rules: Mapping[str, Rule]) -> None:
     for node in graph:
-        bodies = [g for a in node.attributes.values() for g in graphs_in(a)]
+        bodies = list(surgery.bodies(node))
         for body in bodies:
             _walk(body, c, rules)
         rule = rules.get(node.op_type) if node.domain in STANDARD and not bodies else None

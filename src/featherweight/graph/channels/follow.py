@@ -269,7 +269,7 @@ def follow(model: ir.Model, rules: Mapping[str, Rule], sizes: dict[str, tuple[in
 
 def _walk(graph: ir.Graph, f: Following, rules: Mapping[str, Rule]) -> None:
     for node in graph:
-        bodies = [g for a in node.attributes.values() for g in graphs_in(a)]
+        bodies = list(surgery.bodies(node))
         rule = rules.get(node.op_type) if node.domain in STANDARD else None
         if bodies:
             f.freeze(node, f"enters or leaves {node.op_type}, whose bodies are followed each for itself")
@@ -286,15 +286,6 @@ def _walk(graph: ir.Graph, f: Following, rules: Mapping[str, Rule]) -> None:
             domain = "" if node.domain in STANDARD else f"{node.domain}::"
             f.freeze(node, f"goes through {domain}{node.op_type}, which cannot be followed")
         _pass_sums_on(node, f)
-
-
-def graphs_in(attribute: ir.Attr) -> list[ir.Graph]:
-    """The sub-graphs that an attribute holds."""
-    if attribute.is_ref():
-        return []
-    if attribute.type == ir.AttributeType.GRAPH:
-        return [attribute.as_graph()]
-    return list(attribute.as_graphs()) if attribute.type == ir.AttributeType.GRAPHS else []
 
 
 CONTRACTIONS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN", "Einsum"})
