@@ -40,7 +40,7 @@ from featherweight.search.problem import input_specs
 #: Share of the time that goes to the blocks where both stages are asked for.
 LAYERS_TIME = 0.3
 #: Highest learning rates relative to the size of each weight, and the weight of inner tensors.
-RATE_LAYERS, RATE_END, FEATURES = 1e-3, 3e-3, 8.0
+RATE_LAYERS, RATE_END, FEATURES = 1e-3, 5e-3, 8.0
 #: Relative error of inner tensors and outputs from which the whole rate is taken; the least share of it.
 DAMAGED, LEAST_RATE = 0.25, 0.1
 #: Samples whose inner tensors say whether both networks mean the same by them; one would fit any scales.
