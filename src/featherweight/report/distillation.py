@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import string
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
@@ -29,8 +30,8 @@ from featherweight.report.text import note_parts
 if TYPE_CHECKING:
     from featherweight.learn.result import Distilled, Point, Stage
 
-WIDTH, HEIGHT = 760, 300
-LEFT, RIGHT, TOP, BOTTOM = 76, 24, 16, 48
+WIDTH, HEIGHT = 760, 220
+LEFT, RIGHT, TOP, BOTTOM = 76, 24, 16, 30
 MOST_BLOCKS = 12
 
 
@@ -149,7 +150,7 @@ def render(found: Distilled) -> str:
     )
     blocks = [(b.name, f"{b.before:.4f}", f"{b.after:.4f}", str(b.steps)) for s in found.stages for b in s.blocks]
     notes = "".join(f"<li>{html.escape(f'{n.where}: {n.text}')}</li>" for n in found.notes)
-    facts = [(k, _plain(v)) for k, v in found.facts.items()]
+    facts = [_fact(k, v) for k, v in found.facts.items()]
     content = "".join(
         [
             f"<header><p><b>{html.escape(headline(found))}</b></p>"
@@ -170,6 +171,20 @@ def render(found: Distilled) -> str:
     return string.Template(page).substitute(title="Distillation", content=content)
 
 
+def _fact(name: str, value: Any) -> tuple[str, str]:
+    """A fact in words: bytes with their unit, yes or no, numbers short."""
+    if name.endswith("_bytes"):
+        return name.removesuffix("_bytes").replace("_", " "), format_bytes(value)
+    words = (
+        ("no", "yes")[value]
+        if isinstance(value, bool)
+        else f"{value:.4g}"
+        if isinstance(value, float)
+        else _plain(value)
+    )
+    return name.replace("_", " "), words
+
+
 def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{k} {v}" for k, v in value.items())
@@ -184,30 +199,37 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def curve(points: Sequence[Point]) -> str:
-    """Validation loss (line with dots) and mean training loss (dashed) by step, as SVG."""
-    series = {"check": [(p.step, p.check) for p in points],
-              "train": [(p.step, p.train) for p in points if p.train is not None]}  # fmt: skip
-    values = [y for s in series.values() for _, y in s]
+    """Validation loss and, below it on an axis of its own, mean training loss by step, as SVG.
+
+    They are different sums: training counts inner tensors too, and sees changed data.
+    """
+    checks = [(p.step, p.check) for p in points if math.isfinite(p.check)]
+    trained = [(p.step, p.train) for p in points if p.train is not None and math.isfinite(p.train)]
+    most = max(points[-1].step, 1)
+    drawn = [_panel(checks, most, "validation loss by step, the best marked", best=True)] if checks else []
+    drawn += [_panel(trained, most, "training loss by step, inner tensors included")] if len(trained) > 1 else []
+    return "".join(drawn)
+
+
+def _panel(series: Sequence[tuple[int, float]], most: int, says: str, *, best: bool = False) -> str:
+    """One line over the steps 0..most, with its axis and its legend."""
+    values = [v for _, v in series]
     low, high = min(values), max(values)
     margin = 0.06 * ((high - low) or abs(high) or 1.0)
-    x = Axis(0, max(points[-1].step, 1), LEFT, WIDTH - RIGHT)
+    x = Axis(0, most, LEFT, WIDTH - RIGHT)
     y = Axis(max(0.0, low - margin), high + margin, HEIGHT - BOTTOM, TOP)
     drawn = []
     for v in x.ticks():
         drawn.append(f'<text x="{x.at(v):.1f}" y="{y.start + 18}" class="tick" text-anchor="middle">{v:g}</text>')
-    for v in y.ticks(5):
+    for v in y.ticks(4):
         at = y.at(v)
         drawn.append(f'<line x1="{x.start}" x2="{x.end}" y1="{at:.1f}" y2="{at:.1f}" class="grid"/>')
         drawn.append(f'<text x="{x.start - 8}" y="{at + 4:.1f}" class="tick" text-anchor="end">{v:.4g}</text>')
-    for name, many in series.items():
-        path = " ".join(f"{x.at(a):.1f},{y.at(b):.1f}" for a, b in many)
-        dashes = ' stroke-dasharray="4 4"' if name == "train" else ""
-        drawn.append(f'<polyline points="{path}" class="frontline"{dashes}/>')
-    best = min(points, key=lambda p: p.check)
-    drawn += [f'<circle cx="{x.at(p.step):.1f}" cy="{y.at(p.check):.1f}" r="3" class="front"/>' for p in points]
-    drawn.append(f'<circle cx="{x.at(best.step):.1f}" cy="{y.at(best.check):.1f}" r="5" class="result"/>')
-    middle = (x.start + x.end) / 2
-    drawn.append(f'<text x="{middle}" y="{HEIGHT - 10}" class="axis" text-anchor="middle">step</text>')
-    legend = '<p class="legend">line with dots: validation loss, the best marked; dashed: training loss</p>'
-    box = f'class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss by step"'
-    return f"<svg {box}>{''.join(drawn)}</svg>{legend}"
+    path = " ".join(f"{x.at(a):.1f},{y.at(b):.1f}" for a, b in series)
+    drawn.append(f'<polyline points="{path}" class="frontline"/>')
+    if best:
+        drawn += [f'<circle cx="{x.at(a):.1f}" cy="{y.at(b):.1f}" r="3" class="front"/>' for a, b in series]
+        a, b = min(series, key=lambda at: at[1])
+        drawn.append(f'<circle cx="{x.at(a):.1f}" cy="{y.at(b):.1f}" r="5" class="result"/>')
+    box = f'class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{says}"'
+    return f'<svg {box}>{"".join(drawn)}</svg><p class="legend">{says}</p>'
