@@ -33,3 +33,9 @@ def whole_file(path: Path, *, make_folder: bool = False) -> Iterator[IO[bytes]]:
     finally:
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def write_text(text: str, path: Path, *, make_folder: bool = True) -> None:
+    """Write a text file whole or not at all, its folder too unless told not to. Raises OutputError."""
+    with whole_file(path, make_folder=make_folder) as file:
+        file.write(text.encode())

@@ -335,3 +335,28 @@ def test_frozen_weights_stay(folder: Path, tmp_path: Path, student: str) -> None
     assert not {f"b.w{end}", "a.b"} & same
     with pytest.raises(ModelError, match=r"no weight to freeze is named 'zz\*'; weights are "):
         teach(folder, student, out=tmp_path / "other", freeze="zz*")
+
+
+def test_a_weight_of_two_blocks_is_taught_in_the_first() -> None:
+    """Else the later block would spoil what the earlier one was taught."""
+    from featherweight.learn import layerwise
+    from featherweight.learn.blocks import Block, Pair
+    from featherweight.learn.training import Recipe
+
+    class Known:
+        def parameters_by_name(self) -> dict[str, Any]:
+            return {n: torch.nn.Parameter(torch.ones(2, 2)) for n in ("w", "tied")}
+
+        def grids(self) -> dict[str, Any]:
+            return {}
+
+        def segment(self, *_: object) -> None:
+            return None
+
+    class Filled:
+        n = 8
+
+    blocks = [Block(("x",), Pair("h", "h"), ("tied",)), Block(("h",), None, ("w", "tied"))]
+    job = layerwise.Blockwise(Known(), blocks, [1, 1], Recipe(1e-3), {}, ["y"], lambda *_: torch.zeros(()))
+    taught = [layerwise._Taught(job, b, Filled(), k) for k, b in enumerate(blocks)]
+    assert [list(t.parameters) for t in taught] == [["tied"], ["w"]]

@@ -356,6 +356,18 @@ def test_neighbours_on_a_palette_by_hand() -> None:
     assert up[2:] == [[0.0, 20.0], [10.0, 40.0]]
 
 
+def test_neighbours_behind_a_mask_by_hand() -> None:
+    """What is always 0 stays, and the ends of the codes are ends."""
+    mask = np.array([[True, False, True], [True, True, False]])
+    encoded = encode.bitmask(np.array([-128, 127, 0, 1], np.int8), mask, scale=np.float32(0.5), bits=8)
+    (grid,) = Executor(encoded_model(encoded)).grids().values()
+    assert grid.around is not None
+    here, down, up = (x.tolist() for x in grid.around)
+    assert here == [[-64.0, 0.0, 63.5], [0.0, 0.5, 0.0]]
+    assert down == [[0.0, 0.0, 0.5], [0.5, 0.5, 0.0]]
+    assert up == [[0.5, 0.0, 0.0], [0.5, 0.5, 0.0]]
+
+
 @pytest.mark.parametrize("kind", ["palette", "linear", "bitmask"])
 def test_learned_moves_are_to_values_a_file_can_hold(kind: str) -> None:
     from featherweight.learn.rounding import Rounding

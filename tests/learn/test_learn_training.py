@@ -18,7 +18,7 @@ from featherweight.errors import BudgetError, DataError  # noqa: E402
 from featherweight.learn import augment, losses  # noqa: E402
 from featherweight.learn.blocks import Pair  # noqa: E402
 from featherweight.learn.losses import Projection, Target  # noqa: E402
-from featherweight.learn.matching import rescaled  # noqa: E402
+from featherweight.learn.matching import damage, rescaled  # noqa: E402
 from featherweight.learn.optimiser import Adam, unit_of  # noqa: E402
 from featherweight.learn.schedule import Schedule, first_plan  # noqa: E402
 from featherweight.learn.stopping import Watch  # noqa: E402
@@ -154,6 +154,14 @@ def test_tensors_whose_scales_were_moved_are_told_apart() -> None:
     assert rescaled(pair, teacher * torch.tensor([0.25, 4.0] * 4).reshape(1, -1, 1, 1), teacher)
     damage = torch.randn_like(teacher) * torch.tensor([0.1, 3.0] * 4).reshape(1, -1, 1, 1)
     assert not rescaled(pair, teacher + damage, teacher)
+
+
+def test_damage_is_the_mean_error_relative_to_the_teacher() -> None:
+    x = torch.tensor([[1.0, -1.0], [2.0, 0.0]])
+    own, theirs = {"y": 0.5 * x, "inner": x, "mask": x > 0}, {"y": x, "hidden": 3 * x, "mask": x > 0}
+    # (1/2)^2 of the output, (2/3)^2 of the inner tensor; what is no float is left out.
+    assert damage(own, theirs, [Pair("hidden", "inner")]) == pytest.approx((1 / 4 + 4 / 9) / 2)
+    assert damage({}, {}, []) == 1
 
 
 def test_adam_takes_the_steps_of_torch() -> None:

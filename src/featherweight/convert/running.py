@@ -18,7 +18,7 @@ from featherweight.convert.door import Converted, is_convertible, to_onnx
 from featherweight.core import Note, Progress, Silent
 from featherweight.errors import DataError, OutputError
 from featherweight.runtime.sandbox import Worker
-from featherweight.whole import whole_file
+from featherweight.whole import write_text
 
 FILE, RECORD = "source.onnx", "source.json"
 EXAMPLES = 2
@@ -148,8 +148,7 @@ def _write(found: Converted, folder: Path) -> None:
         "sizes": [dict(s) for s in found.sizes], "notes": [dataclasses.asdict(n) for n in found.notes],
         "tokenizer": None if found.tokenizer is None else str(found.tokenizer.resolve()),
     }  # fmt: skip
-    with whole_file(folder / RECORD) as f:
-        f.write(json.dumps(record, indent=1).encode())
+    write_text(json.dumps(record, indent=1), folder / RECORD)
 
 
 def _read(folder: Path) -> Converted:

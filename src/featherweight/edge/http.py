@@ -34,7 +34,7 @@ _RETRY_AFTER_S = 1
 _DRAIN_POLL_S = 0.02
 _log = logging.getLogger("featherweight.http")
 # The library logs each malformed request with a traceback; strangers must not be able to fill a disk with them.
-_library_log = logging.getLogger("featherweight.http.library")
+_library_log = logging.getLogger("featherweight.http.wire")
 _library_log.setLevel(logging.CRITICAL)
 
 

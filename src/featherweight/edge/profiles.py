@@ -17,10 +17,10 @@ from pathlib import Path
 from featherweight.core import Profile, Progress, Silent
 from featherweight.device import Kernel, Source
 from featherweight.edge import measuring
-from featherweight.edge._files import write_text
 from featherweight.errors import DataError
 from featherweight.runtime.sandbox import Worker
 from featherweight.runtime.targets import quiet_cpus, this_machine, to_json
+from featherweight.whole import write_text
 
 DEFAULT_SECONDS = 60.0
 MIN_ROUNDS, MAX_ROUNDS = 5, 40
@@ -91,7 +91,7 @@ def measure_profile(
 
 def save_profile(profile: Profile, path: Path) -> None:
     """Write a profile file, whole or not at all. Raises OutputError."""
-    write_text(path, to_json(profile))
+    write_text(to_json(profile), path, make_folder=False)
 
 
 def _rounds(worker: Worker, seconds: float, shown: Progress) -> None:

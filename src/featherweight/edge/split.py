@@ -17,10 +17,10 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from featherweight.edge import cuts, mincut
-from featherweight.edge._files import write_text
 from featherweight.edge.cuts import CutGraph, Tensor
 from featherweight.errors import ModelError, OutputError
 from featherweight.graph import io, surgery
+from featherweight.whole import write_text
 
 SPLIT_SCHEMA = 1
 HEAD, TAIL, DESCRIPTION = "head.onnx", "tail.onnx", "split.json"
@@ -107,7 +107,7 @@ def split(
     for half, name in ((head, HEAD), (tail, TAIL)):
         io.save(half, folder / name, external=True if external else None)
     made = _described(folder, graph, chosen, head, tail, given)
-    write_text(folder / DESCRIPTION, _json(where, made))
+    write_text(_json(where, made), folder / DESCRIPTION, make_folder=False)
     return made
 
 

@@ -242,8 +242,8 @@ class Masked(nn.Module):
         """That of the grid inside; what is always 0 has no neighbours. None for plain floats."""
         if self.inner is None:
             return None
-        step = self.inner.spacing(latent, *parts) * self.mask
-        return self.forward(latent, *parts), step, step
+        step, codes = self.inner.spacing(latent, *parts) * self.mask, self.inner.codes(latent, *parts)
+        return self.forward(latent, *parts), step * (codes > self.inner.low), step * (codes < self.inner.high)
 
     def codes(self, latent: Tensor, *parts: Tensor) -> Tensor:
         """Codes everywhere; those behind the mask mean nothing."""

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 KINDS = ("flip", "crop", "color", "mixup", "cutmix")
-AUTO = ("flip", "crop", "color", "mixup", "cutmix")
 #: Share of a picture's area that a crop keeps, and its aspect over the picture's.
 LEAST_AREA, WIDEST = 0.2, 4 / 3
 #: Brightness, contrast and saturation are changed by a factor of at most 1 + this, or its inverse.
@@ -68,7 +67,7 @@ def parse(text: str, dataset: Dataset, *, labels: bool = False) -> Augment:
     words = tuple(w.strip() for w in text.split(",") if w.strip())
     folder = isinstance(dataset.origin, ImageFolder)
     if words == ("auto",):
-        found = Augment(**dict.fromkeys(AUTO, True)) if folder else Augment()
+        found = Augment(**dict.fromkeys(KINDS, True)) if folder else Augment()
         return dataclasses.replace(found, mixup=False, cutmix=False) if labels else found
     if words in ((), ("none",)):
         return Augment()

@@ -187,7 +187,8 @@ class _Taught:
     """One block in training: its loss on a micro-batch, with learned rounding where weights lie on grids of codes."""
 
     def __init__(self, job: Blockwise, block: Block, files: Files, k: int) -> None:
-        known = {n: p for n, p in job.executor.parameters_by_name().items() if p.requires_grad}
+        done = {n for b in job.blocks[:k] for n in b.weights}  # what an earlier block reads too was taught there
+        known = {n: p for n, p in job.executor.parameters_by_name().items() if p.requires_grad and n not in done}
         self._job, self._block, self._files, self._k = job, block, files, k
         self.rounding = Rounding(job.executor, [n for n in block.weights if n in known])
         self.parameters = {n: known[n] for n in block.weights if n in known and n not in self.rounding.names}

@@ -84,9 +84,7 @@ class Student:
         for pattern in freeze:
             fits = fnmatch.filter(known, pattern)
             if not fits:
-                raise ModelError(
-                    f"no weight to freeze is named {pattern!r}; weights are {', '.join([*known][:8])}, ..."
-                )
+                raise ModelError(f"no weight to freeze is named {pattern!r}; weights are {_some(known)}")
             for name in fits:
                 known[name].requires_grad_(False)
 

@@ -22,10 +22,11 @@ from featherweight.quantities import (
     format_ms,
     format_percent,
 )
-from featherweight.report.json import document, plain, write_text
+from featherweight.report.json import document, plain
 from featherweight.report.svg import Axis
 from featherweight.report.terminal import Column, Grid, heading, indented, lines
 from featherweight.report.text import note_parts
+from featherweight.whole import write_text
 
 if TYPE_CHECKING:
     from featherweight.learn.result import Distilled, Point, Stage

@@ -12,7 +12,7 @@ from featherweight.core import Attempt, Measurement, Report
 from featherweight.quantities import format_bytes, format_drop, format_duration, format_ms, format_percent
 from featherweight.report import layers as layer_rows
 from featherweight.report import svg, wording
-from featherweight.report.json import write_text
+from featherweight.whole import write_text
 
 MOST_BARS = 40
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from featherweight.core import Attempt, Budget, Interval, Measurement, Note, Plan, Report
 from featherweight.errors import PlanError
-from featherweight.whole import whole_file
+from featherweight.whole import write_text
 
 SCHEMA = 1
 
@@ -98,12 +98,6 @@ def read(path: Path) -> Report:
         return from_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as e:
         raise PlanError(f"the report {path} cannot be read: {e}") from e
-
-
-def write_text(text: str, path: Path) -> None:
-    """Write a text file whole or not at all, its folder too. Raises OutputError; nothing is left behind."""
-    with whole_file(path, make_folder=True) as file:
-        file.write(text.encode())
 
 
 def _measurement(raw: Mapping[str, Any]) -> Measurement:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from featherweight.quantities import format_bytes, format_count, format_ms
 from featherweight.report import placement_chart
 from featherweight.report import placement_text as text
-from featherweight.report.json import document, plain, write_text
-from featherweight.whole import whole_file
+from featherweight.report.json import document, plain
+from featherweight.whole import whole_file, write_text
 
 if TYPE_CHECKING:
     from featherweight.edge.asking import Asked

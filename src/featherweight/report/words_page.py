@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from featherweight.quantities import format_percent
-from featherweight.report.json import plain, write_text
+from featherweight.report.json import plain
 from featherweight.report.words import IDEA, windows_content
+from featherweight.whole import write_text
 
 if TYPE_CHECKING:
     from featherweight.embeddings.windows import Lesson
