@@ -92,19 +92,26 @@ def test_evaluation_there_equals_evaluation_here(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(remote, "PART_BYTES", 600)  # several parts
     metric = metrics.get(name)
-    found, steps = [], []
+    found = []
     for which, evaluate in (("there", bench.evaluate), ("here", ev.evaluate)):
         more: dict[str, Any] = {} if which == "there" else {"worker": worker}
         folder = tmp_path / which
+        steps: list[tuple[int, int]] = []
         first = evaluate(models[0], dataset, metric, record_to=folder, **more)
         second = evaluate(
-            models[1], dataset, metric, reference=folder, progress=lambda d, n: steps.append((d, n)), **more
+            models[1],
+            dataset,
+            metric,
+            reference=folder,
+            progress=lambda d, n, steps=steps: steps.append((d, n)),
+            **more,
         )
+        assert steps == sorted(steps)
+        assert steps[-1] == (7, 7)
         found.append((first, second))
     for there, here in zip(*found, strict=True):
         assert (there.value, there.n_samples, there.metric_name) == (here.value, here.n_samples, here.metric_name)
         np.testing.assert_array_equal(there.per_sample, here.per_sample)
-    assert (steps[0][1], steps[6]) == (7, (7, 7))
 
 
 def test_latency_and_memory_come_from_there(bench: remote.RemoteBench, agent: Agent, models: Any) -> None:
