@@ -175,17 +175,15 @@ def _bench(target: Any, let_in: tuple[Any, Any, Any], worker: Worker, progress: 
         yield bench
 
 
-def distill(
-    teacher: str | Path, student: str | Path, data: Any, *, progress: Progress | None = None, **asked: Any
-) -> Distilled:
+def distill(teacher: Any, student: Any, data: Any, *, progress: Progress | None = None, **asked: Any) -> Distilled:
     """Let the original teach a compressed model and write the result with its report; see `learn.distill`.
 
     Args:
-        teacher: the original ONNX model.
-        student: a compressed ONNX model, or what else `--student` takes.
+        teacher: the original, as the model of `compress`.
+        student: a compressed ONNX model, what else `--student` takes, or a torch.nn.Module or exported program.
         data: as in `compress`; labels are not needed.
         progress: where long work reports itself.
-        **asked: out, time_budget, max_memory, resume and the fields of `learn.distill.Asked`.
+        **asked: out, time_budget, max_memory, resume, example_inputs, dynamic and the fields of `learn.distill.Asked`.
 
     Raises:
         MissingExtraError: torch is not installed.

@@ -108,6 +108,45 @@ def test_a_trusted_module_takes_its_examples_from_the_data(net, data, tmp_path):
     assert report.outcome == "met"
 
 
+def narrow() -> torch.nn.Module:  # type: ignore[name-defined]
+    torch.manual_seed(1)
+    return torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+
+
+def test_a_module_teaches_a_module(net, data, tmp_path):
+    found = fw.distill(net, narrow(), data, max_steps=60, stages="end", out=tmp_path / "run")
+    assert found.gain > 0
+    assert found.notes[0].text.startswith("converted from Sequential: largest difference")
+    assert "0.weight" in io.load(tmp_path / "run" / "source.onnx").graph.initializers
+    assert io.load(tmp_path / "run" / "model.onnx").graph.initializers["0.weight"].shape == (8, 16)
+
+
+def test_a_refused_lesson_leaves_nothing(net, data, tmp_path):
+    with pytest.raises(fw.ModelError, match="student's output"):
+        fw.distill(net, torch.nn.Linear(16, 5), data, out=tmp_path / "run", max_steps=2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_program_teaches_on_the_command_line(program, data, tmp_path):
+    np.savez(tmp_path / "data.npz", **data)
+    asked = ("--student", "width=50%", "--data", tmp_path / "data.npz", "--max-steps", 5, "-o", tmp_path / "run")
+    done = call("distill", program, *asked, "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["notes"][0]["text"].startswith("converted from net.pt2")
+
+
+def test_pickled_teachers_and_students_need_trust(net, program, data, tmp_path):
+    torch.save(net, tmp_path / "net.pt")
+    np.savez(tmp_path / "data.npz", **data)
+    asked = ("--data", tmp_path / "data.npz", "--max-steps", 2, "-o", tmp_path / "run")
+    for teacher, student in ((tmp_path / "net.pt", "width=50%"), (program, tmp_path / "net.pt")):
+        done = call("distill", teacher, "--student", student, *asked)
+        assert done.exit_code == 1
+        assert "can run any code" in done.stderr
+        assert not (tmp_path / "run").exists()
+    assert call("distill", program, "--student", tmp_path / "net.pt", *asked, "--trust").exit_code == 0
+
+
 def test_comparing_a_module_with_its_program(net, data, program):
     found = fw.compare(net, program, data, example_inputs=torch.randn(1, 16))
     assert found.candidate.drop == pytest.approx(0, abs=1e-6)

@@ -24,6 +24,7 @@ WRITTEN = ("model.onnx", "report.json", "report.html")
     help="A compressed .onnx; or .pt2, module:function, or cut from the teacher: layers=3, width=50%.",
 )
 @options.data_option
+@options.trust_option
 @option("--calibration", metavar="DATA", section="Data", help="Data to train on. Default: a part of --data.")
 @option("--labels", is_flag=True, section="Data", help="Learn from labels too, where the data has classes.")
 @option(
@@ -72,7 +73,7 @@ def command(teacher: Path, *, student: str, data: str, out: Path, all_layers: bo
 
     \b
     featherweight distill lite0.onnx --student run/model.onnx --data images/ -o taught
-    featherweight distill bert.onnx --student layers=3 --data sentences.tsv --tokenizer tokenizer.json -o small
+    featherweight distill bert-folder/ --student layers=3 --data sentences.tsv -o small
     """
     from featherweight.pipeline import distill
 

@@ -6,14 +6,16 @@ graph this is quantization-aware training. Stages, each optional and measured: b
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featherweight.core import Progress, Silent
+from featherweight.core import Note, Progress, Silent
 from featherweight.errors import BudgetError, DataError, OutputError
 from featherweight.learn.checkpoints import need_torch
 from featherweight.learn.result import Distilled
@@ -39,7 +41,7 @@ class Asked:
     """
 
     teacher: Path
-    student: str
+    student: Any
     stages: tuple[str, ...] | None = None
     loss: str = "auto"
     labels: bool = False
@@ -60,6 +62,7 @@ class Asked:
     preprocess: Any = None
     tokenizer: Path | None = None
     calibration: Any = None
+    trust: bool = False
 
     def __post_init__(self) -> None:
         if self.stages is not None and (not self.stages or set(self.stages) - set(STAGES)):
@@ -73,38 +76,49 @@ class Asked:
         if not 0 <= self.ema < 1:
             raise BudgetError(f"ema must be in 0..1, but got {self.ema}")
 
+    @property
+    def student_name(self) -> str:
+        """The student for a report."""
+        return str(self.student) if isinstance(self.student, str | Path) else type(self.student).__name__
+
     def identity(self) -> dict[str, Any]:
         """What a resumed run must ask again: everything but how long."""
-        skipped = {"seconds", "teacher", "student"}
+        skipped = {"seconds", "teacher", "student", "trust"}
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in skipped}
         return {k: v if v is None or isinstance(v, str | int | float | bool) else str(v) for k, v in fields.items()}
 
 
 def distill(
-    teacher: str | Path,
-    student: str | Path,
+    teacher: Any,
+    student: Any,
     data: Any,
     *,
     out: str | Path | None = None,
     time_budget: str | float | None = None,
     max_memory: str | float | None = None,
     resume: bool = False,
+    example_inputs: Any = None,
+    dynamic: Any = None,
     progress: Progress | None = None,
     **asked: Any,
 ) -> Distilled:
     """Teach `student` to answer as `teacher` does, and measure it before and after on data never used for that.
 
     Args:
-        teacher: the original ONNX model.
-        student: a compressed ONNX model with the same inputs and outputs, or what else `--student` takes.
+        teacher: the original: an ONNX file, or a torch.nn.Module, exported program, .pt2 file or Hugging Face folder,
+            converted to `source.onnx` in the run folder and checked first.
+        student: a compressed ONNX model with the same inputs and outputs, or what else `--student` takes; or a
+            torch.nn.Module or exported program.
         data: npz, image folder, text table, `module:function`, callable or mapping of arrays; labels are not needed.
         out: run folder for `model.onnx`, `report.json`, `report.html`; None: a temporary one (see the result's `out`).
         time_budget: of the whole run, e.g. "20m" (the default unless `max_steps` is given).
         max_memory: limit on the process's memory while training, e.g. "2GB".
         resume: go on with the run in `out` that was stopped or killed.
+        example_inputs, dynamic: of a teacher that is converted, as in `convert.to_onnx`.
         progress: where long work reports itself.
         **asked: the fields of `Asked`: stages, loss, labels, metric, augment, temperature, features, rate, ema,
-            train_scales, freeze, batch_size, max_steps, threads, seed, preprocess, tokenizer, calibration.
+            train_scales, freeze, batch_size, max_steps, threads, seed, preprocess, tokenizer, calibration,
+            trust (of pickled modules).
 
     Raises:
         MissingExtraError: torch is not installed; the text names the extra.
@@ -123,10 +137,8 @@ def distill(
     seconds = None if time_budget is None else parse_duration(time_budget)
     if seconds is None and given.get("max_steps") is None:
         seconds = parse_duration(DEFAULT_TIME)
-    request = Asked(
-        Path(teacher), str(student), seconds=seconds,
-        max_memory=None if max_memory is None else parse_size(max_memory), **given,
-    )  # fmt: skip
+    limit = None if max_memory is None else parse_size(max_memory)
+    request = Asked(Path(), student, seconds=seconds, max_memory=limit, **given)
     folder = Path(tempfile.mkdtemp(prefix="featherweight-")) if out is None else Path(out)
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"the run folder {folder} is a file; name a folder")
@@ -136,5 +148,32 @@ def distill(
                 f"{folder} holds a run that was stopped; continue it with --resume, or name another folder"
             )
         shutil.rmtree(folder / "work", ignore_errors=True)
-    with Run(request, data, folder, progress or Silent()) as run:
+    shown = progress or Silent()
+    door = {"example_inputs": example_inputs, "dynamic": dynamic, "trust": request.trust}
+    with (
+        _converted(teacher, request, data, folder, door, resume, shown) as (ready, told),
+        Run(ready, data, folder, shown) as run,
+    ):
+        run.notes += told
         return run.whole(resume=resume)
+
+
+@contextlib.contextmanager
+def _converted(
+    teacher: Any, request: Asked, data: Any, folder: Path, door: dict[str, Any], resume: bool, progress: Progress
+) -> Iterator[tuple[Asked, tuple[Note, ...]]]:
+    """The request with the teacher's ONNX file, and what its conversion told; gone again if the run is refused."""
+    from featherweight import convert
+
+    found = convert.into_run(teacher, folder, data=data, resume=resume, progress=progress, **door)
+    if found is None:
+        yield dataclasses.replace(request, teacher=Path(teacher)), ()
+        return
+    tokenizer = request.tokenizer or found.tokenizer
+    told = (Note(found.source, found.line), *found.notes)
+    try:
+        yield dataclasses.replace(request, teacher=found.path, tokenizer=tokenizer), told
+    except BaseException:
+        if not (folder / "work" / "checkpoints").exists():
+            convert.forget(folder)
+        raise

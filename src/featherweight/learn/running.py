@@ -108,7 +108,7 @@ class Run:
         self.progress.start("reading models and data")
         self.work.mkdir(parents=True, exist_ok=True)
         self.teacher_path = asked.teacher
-        made = students.make_student(asked.teacher, asked.student, self.work / "student.onnx")
+        made = students.make_student(asked.teacher, asked.student, self.work / "student.onnx", trust=asked.trust)
         self.student_path, self._named = made.path, made.pairs
         self.notes += made.notes
         self.teacher, self.student_model = io.load(asked.teacher), io.load(self.student_path)
@@ -218,6 +218,7 @@ class Run:
         asked = self.asked
         one = self._lessons(batch=1, micro=1)
         lesson = next(iter(one.step(0)))
+        self._matching.fit(lesson)  # for now: the maps that are trained with are solved on a whole batch
         stored = sum(p.nbytes for p in self.student.parameters().values())
         each = max(saved_bytes(lambda: self._matching(lesson)) - stored, 0) // max(lesson.n, 1)
         ends = sum(lesson.answers[p.teacher].nbytes for p in self._pairs) // max(lesson.n, 1)
@@ -364,7 +365,7 @@ class Run:
         if not any(s.kept for s in stages):
             self.notes.append(Note("result", "no stage made the validation loss smaller: the student is as it was"))
         facts = {
-            "teacher": str(self.asked.teacher), "student": self.asked.student, "data": self._train.source,
+            "teacher": str(self.asked.teacher), "student": self.asked.student_name, "data": self._train.source,
             "samples": {"training": self._train.n_samples, "validation": self._validation.n_samples,
                         "holdout": self._holdout.n_samples},
             "augment": str(self._how), "batch": self.asked.batch_size, "micro_batch": self._memory.micro,

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from featherweight.convert import formats
 from featherweight.core import Note
 from featherweight.data import feeds
 from featherweight.errors import ModelError
@@ -41,26 +42,29 @@ class Made:
     pairs: narrow.Pairs = ()
 
 
-def make_student(teacher: Path, spec: str, out: Path) -> Made:
-    """The student that `spec` (see FORMS) asks for, as an ONNX file; a cut or converted one is written to `out`.
+def make_student(teacher: Path, spec: Any, out: Path, *, trust: bool = False) -> Made:
+    """The student that `spec` asks for, as an ONNX file; a cut or converted one is written to `out`.
 
-    A given .onnx file is checked and used where it lies. Raises ModelError for a spec or a teacher that does not fit
-    or a student with another interface, DataError for a function that cannot be imported, MissingExtraError where
-    torch is needed and absent, OutputError if `out` cannot be written.
+    `spec` is text or a path (see FORMS), or a torch module or exported program; `trust` allows a pickled one. A
+    given .onnx file is checked and used where it lies. Raises ModelError for a spec or a teacher that does not fit or a
+    student with another interface, DataError for a function that cannot be imported, MissingExtraError where torch is
+    needed and absent, OutputError if `out` cannot be written.
     """
-    text = spec.strip()
+    if not isinstance(spec, str | Path):
+        return _converted(io.load(teacher), spec, out, trust=trust)
+    text = str(spec).strip()
     if _is_cut(text):
         return _cut(teacher, text, out)
     reference = io.load(teacher)
     if feeds.is_function_name(text):
-        return _from_function(reference, text, out)
+        return _from_function(reference, text, out, trust=trust)
     path = Path(text)
     if not text or not path.exists():
         raise ModelError(f"--student must be {FORMS}; but {text!r} is none of them and no file of that name exists")
     if path.suffix == ".onnx":
         _same_interface(reference, io.load(path), str(path))
         return Made(path)
-    return _converted(reference, path, out)
+    return _converted(reference, path, out, trust=trust)
 
 
 def _is_cut(text: str) -> bool:
@@ -122,7 +126,7 @@ def _kept(value: str, n: int) -> tuple[int, ...]:
     return tuple(sorted(numbers))
 
 
-def _from_function(teacher: ir.Model, text: str, out: Path) -> Made:
+def _from_function(teacher: ir.Model, text: str, out: Path, *, trust: bool) -> Made:
     """A function without arguments; what it returns is a torch module, an ONNX model or a path to one."""
     made = feeds.imported(text)()
     if isinstance(made, ir.Model):
@@ -132,18 +136,19 @@ def _from_function(teacher: ir.Model, text: str, out: Path) -> Made:
     if isinstance(made, str | Path) and Path(made).suffix == ".onnx":
         _same_interface(teacher, io.load(made), str(made))
         return Made(Path(made))
-    return _converted(teacher, made, out)
+    return _converted(teacher, made, out, trust=trust)
 
 
-def _converted(teacher: ir.Model, source: Any, out: Path) -> Made:
+def _converted(teacher: ir.Model, source: Any, out: Path, *, trust: bool) -> Made:
     """A torch module, program or file through the door; inputs and outputs take the teacher's names, in order."""
     convert = importlib.import_module("featherweight.convert")
     if not convert.is_convertible(source):
         what = str(source) if isinstance(source, Path) else f"a {type(source).__name__}"
         raise ModelError(f"--student must be {FORMS}; but got {what}")
-    examples = None if isinstance(source, Path) else _examples(teacher)
+    own = isinstance(source, Path) and formats.kind_of(source) != "pickle"  # these know what they take
+    examples = None if own else _examples(teacher)
     with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
-        converted = convert.to_onnx(source, Path(folder) / "student.onnx", example_inputs=examples)
+        converted = convert.to_onnx(source, Path(folder) / "student.onnx", example_inputs=examples, trust=trust)
         student = io.load(converted.path)
         _rename(teacher.graph.inputs, student.graph.inputs)
         _rename(teacher.graph.outputs, student.graph.outputs)

@@ -104,7 +104,8 @@ def objective_weights(minimize: Objective, base: Base) -> dict[Dimension, float]
     size, latency, peak = 1 / base.size_bytes, 1 / max(base.latency_ms, 1e-9), 1 / max(base.peak_bytes, 1)
     main: dict[Objective, dict[Dimension, float]] = {
         "size": {"size_bytes": size, "latency_ms": 0.05 * latency, "loss": 0.001 / LOSS_UNIT},
-        "latency": {"latency_ms": latency, "size_bytes": 0.3 * size, "loss": 0.01 / LOSS_UNIT},
+        # Bytes hardly count: fewer bits would use up the loss that removed channels turn into time.
+        "latency": {"latency_ms": latency, "size_bytes": 0.02 * size, "loss": 0.001 / LOSS_UNIT},
         "memory": {
             "peak_bytes": peak,
             "size_bytes": 0.05 * size,
