@@ -183,7 +183,8 @@ class Measurement:
     `latency_ms` (median) and `p95_ms` are per call at the batch size of the data; `latency_ratio` is the median of
     candidate over original, interleaved. `drop` is baseline metric minus this one in the metric's unit
     (positive is worse). `macs`: multiply-accumulates of one call, counted on the built graph at the data's shapes.
-    None where a quantity was not measured.
+    None where a quantity was not measured. `changed`: share of answers that are not the original's; `likely_drop`: what
+    the drop is on other data, judged from both; None where answers are no classes.
     """
 
     size_bytes: int
@@ -203,6 +204,13 @@ class Measurement:
     seed: int = 0
     macs: int | None = None
     latency_from: str = "measured"
+    changed: float | None = None
+    likely_drop: float | None = None
+
+    @property
+    def judged_drop(self) -> float | None:
+        """The drop that a search goes by: the likely one where there is one."""
+        return self.drop if self.likely_drop is None else self.likely_drop
 
 
 @dataclass(frozen=True, slots=True)

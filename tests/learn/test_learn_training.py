@@ -12,6 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from featherweight.core import Silent  # noqa: E402
 from featherweight.data import open_data  # noqa: E402
 from featherweight.data.dataset import InputSpec  # noqa: E402
 from featherweight.errors import BudgetError, DataError  # noqa: E402
@@ -23,6 +24,7 @@ from featherweight.learn.optimiser import Adam, unit_of  # noqa: E402
 from featherweight.learn.schedule import Schedule, first_plan  # noqa: E402
 from featherweight.learn.stopping import Watch  # noqa: E402
 from featherweight.learn.student import Footprint, fit_memory  # noqa: E402
+from featherweight.learn.training import Check, Recipe, Trainer, Work  # noqa: E402
 from featherweight.runtime import metrics  # noqa: E402
 
 
@@ -255,3 +257,54 @@ def test_augmentation_suits_the_data(tmp_path: Path) -> None:
     table = open_data(tmp_path / "b.npz", [InputSpec("x", np.dtype(np.float32), ("n", 5))])
     with pytest.raises(DataError, match="for images"):
         augment.parse("flip", table)
+
+
+class Bowl:
+    """The square of one number; the check is the same loss. A step's sign alone counts, so a high rate leaps about."""
+
+    def __init__(self, start: float) -> None:
+        self.weight = torch.nn.Parameter(torch.tensor([start]))
+
+    def work(self) -> Work:
+        return Work(
+            {"w": self.weight},
+            {"w": torch.ones(1)},
+            lambda _step, _done: iter([lambda: self.weight.square().sum()]),
+            lambda: Check(float(self.weight.detach().square().sum())),
+        )
+
+
+@pytest.mark.parametrize(("retreats", "rate"), [(0, 1.0), (1, 0.3), (3, 0.027)])
+def test_a_rate_that_does_harm_is_lowered_from_the_best_weights(retreats: int, rate: float) -> None:
+    bowl = Bowl(0.1)
+    recipe = Recipe(1.0, most_steps=48, retreats=retreats)
+    ended = Trainer(bowl.work(), recipe, seconds=math.inf, keeper=None, progress=Silent()).run()
+    assert ended.rate == pytest.approx(rate)
+    assert float(bowl.weight.detach()) ** 2 == pytest.approx(min(p.check for p in ended.curve))
+    assert min(p.check for p in ended.curve) <= ended.curve[0].check
+
+
+class Kept:
+    """A keeper that remembers the last state, as JSON would."""
+
+    def write(self, state, tensors) -> None:
+        self.state = json.loads(json.dumps(state))
+        self.tensors = {n: x.clone() for n, x in tensors.items()}
+
+
+@pytest.mark.parametrize("stop_at", [1, 5, 9])
+def test_a_run_resumed_around_a_lowered_rate_ends_where_the_whole_run_ends(stop_at: int) -> None:
+    def trainer(bowl: Bowl, keeper: Kept, stop=lambda: False) -> Trainer:
+        recipe = Recipe(1.0, ema=0.5, most_steps=48, retreats=3)
+        return Trainer(bowl.work(), recipe, seconds=math.inf, keeper=keeper, progress=Silent(), stop=stop)
+
+    whole = Bowl(0.1)
+    wanted = trainer(whole, Kept()).run()
+    kept, steps = Kept(), itertools.count(1)
+    trainer(Bowl(0.1), kept, lambda: next(steps) >= stop_at).run()
+    again = Bowl(7.0)
+    going_on = trainer(again, kept)
+    going_on.resume(kept.state, kept.tensors)
+    found = going_on.run()
+    assert [p.check for p in found.curve] == [p.check for p in wanted.curve]
+    assert torch.equal(again.weight, whole.weight)

@@ -59,6 +59,15 @@ def test_a_stored_reference_equals_running_both(worker, models, tmp_path, name):
     assert stored.value != metric.perfect
 
 
+def test_accuracy_tells_how_many_answers_are_not_the_originals(worker, models, tmp_path):
+    x, _ = everything()
+    metric = metrics.get("accuracy")
+    assert evaluate(models[0], cf.Data(), metric, record_to=tmp_path / "ref", worker=worker).changed is None
+    found = evaluate(models[1], cf.Data(), metric, reference=tmp_path / "ref", worker=worker)
+    assert found.changed == pytest.approx(((x @ W).argmax(1) != (x @ OTHER).argmax(1)).mean())
+    assert found.changed > 0
+
+
 def test_the_stored_reference_is_memory_mapped_and_exact(worker, models, tmp_path):
     evaluate(models[0], cf.Data(), metrics.get("cosine"), record_to=tmp_path / "ref", worker=worker)
     reference = Reference(tmp_path / "ref")

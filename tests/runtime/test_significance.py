@@ -16,6 +16,7 @@ from featherweight.runtime.significance import (
     Drop,
     agresti_min,
     drop_interval,
+    likely,
     mcnemar,
     samples_needed,
     wilson,
@@ -163,3 +164,28 @@ def test_samples_needed_is_about_right():
         rows = rng.integers(0, 300, need)
         decided += drop_interval(metric, base[rows], cand[rows]).verdict(limit) == "within"
     assert decided >= 20
+
+
+def scored(n: int, lost: int, gained: int) -> Drop:
+    base = np.array([1.0] * (n - gained) + [0.0] * gained)
+    candidate = np.array([0.0] * lost + [1.0] * (n - lost))
+    return drop_interval(metrics.get("accuracy"), base, candidate, np.zeros(n, int))
+
+
+def test_the_likely_drop_weighs_the_measured_one_against_changed_answers_by_hand():
+    drop = scored(100, 3, 2)
+    assert drop.value == pytest.approx(0.01)
+    # Variances: measured 6 / 100^2, of the prior (0.2 * 0.1)^2 + 0.4^2 * 0.1 * 0.9 / 100; its mean 0.4 * 0.1.
+    assert likely(drop, 0.1) == pytest.approx((0.01 / 6e-4 + 0.04 / 5.44e-4) / (1 / 6e-4 + 1 / 5.44e-4))
+
+
+def test_nothing_changed_is_no_drop_and_other_metrics_have_no_likely_one():
+    assert likely(scored(100, 0, 0), 0.0) == 0
+    assert likely(scored(100, 3, 2), None) is None
+    agreement = drop_interval(metrics.get("agreement"), None, np.array([1.0, 0.0, 1.0]), None)
+    assert likely(agreement, 0.3) is None
+
+
+def test_with_many_samples_the_likely_drop_is_the_measured_one():
+    assert likely(scored(200_000, 4000, 0), 0.02) == pytest.approx(0.02, abs=5e-4)
+    assert likely(scored(200, 12, 12), 0.2) > 0.02

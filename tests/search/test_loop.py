@@ -63,6 +63,18 @@ def test_least_size_comes_close_to_the_limit():
     assert 0.004 < state.best.measured.drop <= 0.01 * 0.8
 
 
+def test_a_lucky_candidate_is_judged_by_its_likely_drop():
+    class Lucky(World):
+        def __call__(self, plan: Plan) -> Attempt:
+            attempt = super().__call__(plan)
+            m = replace(attempt.measured, drop=0.0, likely_drop=attempt.measured.drop)
+            return replace(attempt, measured=m)
+
+    lucky, plain = run(Budget(max_drop=0.01), Lucky(3.0)), run(Budget(max_drop=0.01), World(3.0))
+    assert lucky.best.plan.decisions == plain.best.plan.decisions
+    assert lucky.best.measured.likely_drop <= 0.01 * 0.8
+
+
 def test_least_drop_corrects_its_size_prediction_until_the_file_fits():
     state = run(Budget(max_size_bytes=3500, minimize="drop"), World())
     assert state.best is not None

@@ -43,6 +43,8 @@ LAYERS_TIME = 0.3
 RATE_LAYERS, RATE_END, FEATURES = 1e-3, 5e-3, 8.0
 #: Relative error of inner tensors and outputs from which the whole rate is taken; the least share of it.
 DAMAGED, LEAST_RATE = 0.25, 0.1
+#: How often a rate that was not asked for may be lowered.
+RETREATS = 3
 #: Samples whose inner tensors say whether both networks mean the same by them; one would fit any scales.
 PROBE = 8
 #: Of the time budget, for measuring at the end; at least this many seconds.
@@ -327,7 +329,8 @@ class Run:
             self.student.parameters(), self._units,
             lambda step, _done: steps_of(lessons, self._matching, step), self._check, self._matching.fixed,
         )  # fmt: skip
-        recipe = Recipe(self._rate, ema=self.asked.ema, most_steps=self.asked.max_steps)
+        most = 0 if self.asked.rate else RETREATS
+        recipe = Recipe(self._rate, ema=self.asked.ema, most_steps=self.asked.max_steps, retreats=most)
         trainer = Trainer(
             work, recipe, seconds=until - self.entry[0], keeper=self._keeper("end", 0, done),
             progress=self.progress, name="end to end", stop=lambda: self._stopped,
@@ -336,6 +339,10 @@ class Run:
             trainer.resume(here.state["trainer"], here.tensors)
         outcome = trainer.run()
         self.student.keep_everything()
+        if outcome.rate < self._rate:
+            lowered = f"lowered from {self._rate:.2g} to {outcome.rate:.2g}, as the loss on validation data rose"
+            self.notes.append(Note("learning rate", lowered))
+            self._rate = outcome.rate
         return [outcome], []
 
     def write_student(self, path: Path) -> None:

@@ -8,6 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+#: From this many times the best loss on, a rate does harm. EfficientNet-Lite0 students that gained stayed below 1.04;
+#: MobileNetV2 with half of its operations went to 1.4 at once and never came back.
+HARM = 1.1
+
 
 @dataclass(frozen=True)
 class Watch:
@@ -34,6 +38,10 @@ class Watch:
         window = losses[-patience:]
         half = len(window) // 2
         return not math.fsum(window[half:]) / (len(window) - half) < math.fsum(window[:half]) / max(half, 1)
+
+    def harmed(self, loss: float) -> bool:
+        """True if `loss` says that training undoes what the best weights had: far above the best, or no number."""
+        return math.isfinite(self.best) and not loss <= HARM * self.best
 
     def is_best(self, step: int) -> bool:
         """True if the best was seen at this step."""

@@ -30,6 +30,8 @@ CHECKPOINT_S = 60.0
 #: A gradient may be this many times its usual norm before it is scaled down.
 SPIKE = 2.0
 PROBE_STEPS = 2
+#: What a rate is multiplied by where it did harm, and the share of the schedule in which that is looked for.
+RETREAT, RETREAT_UNTIL = 0.3, 0.5
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,9 @@ class Work:
 @dataclass(frozen=True)
 class Recipe:
     """`rate`: the highest learning rate; `ema`: decay of the averaged weights, 0 for none; `patience`: checks without a
-    better one, and not falling, before the end; `most_steps`: fixes the plan, so that it does not depend on the clock.
+    better one, and not falling, before the end; `most_steps`: fixes the plan, so that it does not depend on the clock;
+    `retreats`: how often the loop may go back to the best weights and on at a lower rate, where validation data says
+    that the rate undoes what the student had.
     """
 
     rate: float
@@ -69,11 +73,12 @@ class Recipe:
     patience: int = CHECKS // 2
     most_steps: int | None = None
     checks: int = CHECKS
+    retreats: int = 0
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a stage ended. `best_step` -1: nothing was better than before the first step."""
+    """How a stage ended. `best_step` -1: nothing was better than before the first step. `rate`: the highest at last."""
 
     steps: int
     planned: int
@@ -82,6 +87,7 @@ class Outcome:
     reason: str
     curve: tuple[Point, ...]
     interrupted: bool = False
+    rate: float = 0.0
 
 
 class Keeper(Protocol):
@@ -102,6 +108,8 @@ class _State:
     losses: list[float] = field(default_factory=list)
     norm: float = 0.0
     seconds: float = 0.0
+    retreats: int = 0
+    restarted: int = 0  # the step from which the optimiser's averages are
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -113,6 +121,8 @@ class _State:
             "losses": self.losses,
             "norm": self.norm,
             "seconds": self.seconds,
+            "retreats": self.retreats,
+            "restarted": self.restarted,
         }
 
     @classmethod
@@ -128,6 +138,8 @@ class _State:
                 list(raw["losses"]),
                 float(raw["norm"]),
                 float(raw["seconds"]),
+                int(raw["retreats"]),
+                int(raw["restarted"]),
             )
         except (KeyError, TypeError, ValueError) as e:
             raise DataError(f"the checkpoint's state is malformed ({type(e).__name__}: {e}); begin anew") from e
@@ -169,7 +181,7 @@ class Trainer:
                     x.copy_(tensors[f"average/{name}"])
                 for name, x in self._work.fixed.items():
                     x.copy_(tensors[f"fixed/{name}"])
-            self._adam.load(tensors, self._state.step)
+            self._adam.load(tensors, self._state.step - self._state.restarted)
         except (KeyError, RuntimeError) as e:
             raise DataError(f"the checkpoint is of another student: {e}; begin anew in a new folder") from e
         self._before = self._state.seconds
@@ -201,8 +213,9 @@ class Trainer:
                 p.copy_(self._best[name])
         planned = state.schedule.steps if state.schedule else 0
         return Outcome(
-            state.step, planned, self._seconds(), state.watch.best_step, reason, tuple(state.curve), interrupted
-        )
+            state.step, planned, self._seconds(), state.watch.best_step, reason, tuple(state.curve), interrupted,
+            self._rate(),
+        )  # fmt: skip
 
     def _advance(self) -> None:
         """One step, and what comes after it."""
@@ -216,9 +229,26 @@ class Trainer:
         self._progress.advance()
         if state.schedule is not None and state.step % state.every == 0:
             self._look()
+            self._retreat(state.schedule.done(state.step))
             self._stretch()
         if self._keeper is not None and time.monotonic() - self._written >= CHECKPOINT_S:
             self.keep()
+
+    def _rate(self) -> float:
+        """The highest rate, as it is now."""
+        return self._recipe.rate * RETREAT**self._state.retreats
+
+    def _retreat(self, done: float) -> None:
+        """Back to the best weights, and on at a lower rate, where the last check says that this one did harm."""
+        state = self._state
+        may = done < RETREAT_UNTIL and state.retreats < self._recipe.retreats
+        if not may or not state.watch.harmed(state.curve[-1].check):
+            return
+        self._put(self._best)
+        if self._average:
+            self._average = {n: x.clone() for n, x in self._best.items()}
+        self._adam = Adam(self._work.parameters, self._work.units, decay=self._recipe.decay)
+        state.retreats, state.restarted, state.norm = state.retreats + 1, state.step, 0.0
 
     def keep(self) -> None:
         """Write a checkpoint now."""
@@ -269,7 +299,7 @@ class Trainer:
             raise DataError(f"the loss became {total} at step {state.step + 1}; use a smaller --learning-rate")
         norm = adam.clip(SPIKE * state.norm if state.norm else math.inf)
         state.norm = norm if not state.norm else 0.95 * state.norm + 0.05 * min(norm, SPIKE * state.norm)
-        adam.step(self._recipe.rate * share)
+        adam.step(self._rate() * share)
         state.losses.append(total)
         if self._average:
             decay = min(self._recipe.ema, (1 + state.step) / (10 + state.step))

@@ -18,7 +18,7 @@ from featherweight.errors import DataError
 from featherweight.runtime.metrics import Metric, choose, get
 from featherweight.runtime.outputs import Array, Outputs
 from featherweight.runtime.sandbox import NotShippableError, Worker
-from featherweight.runtime.scores import Float
+from featherweight.runtime.scores import Float, Judged, agreement
 
 INDEX = "reference.json"
 SCHEMA = 1
@@ -27,13 +27,17 @@ ProgressCallback = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A metric's value over some data. `per_sample` (n, ...) is None where the metric is one number over all."""
+    """A metric's value over some data. `per_sample` (n, ...) is None where the metric is one number over all.
+
+    `changed`: share of samples whose winning class is not that of the stored reference; None without one or classes.
+    """
 
     metric_name: str
     value: float
     per_sample: Float | None
     labels: Array | None
     n_samples: int
+    changed: float | None = None
 
 
 def evaluate(
@@ -163,6 +167,7 @@ class _Run:
             self.original = ort.session(job.reference, threads=job.threads)
         self.recorder = _Recorder(Path(job.record_to)) if job.record_to else None
         self.scores: list[Float] = []
+        self.same: list[Float] = []
         self.labels: list[Array | None] = []
         self.kept: list[dict[str, Array]] = []
         self.done = 0
@@ -189,6 +194,8 @@ class _Run:
             rows = self.job.rows_per_sample
             scores = metric.per_sample(outputs, theirs, labels, rows, n=n)
             self.scores.append(np.full(n, scores) if scores.ndim == 0 else scores)
+            if self.stored is not None and theirs is not None and metric.name == "accuracy":
+                self.same.append(agreement(Judged(outputs, theirs, None, 1, n * rows)))
         self.labels.append(labels)
         self.done += 1
         self.n += n
@@ -208,7 +215,8 @@ class _Run:
         else:
             scores = np.concatenate(self.scores)
         value = metric.aggregate(scores, labels)
-        return Evaluation(metric.name, value, scores if scores.ndim else None, labels, self.n)
+        changed = 1 - float(np.concatenate(self.same).mean()) if self.same else None
+        return Evaluation(metric.name, value, scores if scores.ndim else None, labels, self.n, changed)
 
 
 _current: _Run | None = None

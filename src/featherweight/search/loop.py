@@ -105,7 +105,7 @@ def objective_weights(minimize: Objective, base: Base) -> dict[Dimension, float]
     main: dict[Objective, dict[Dimension, float]] = {
         "size": {"size_bytes": size, "latency_ms": 0.05 * latency, "loss": 0.001 / LOSS_UNIT},
         # Bytes hardly count: fewer bits would use up the loss that removed channels turn into time.
-        "latency": {"latency_ms": latency, "size_bytes": 0.02 * size, "loss": 0.001 / LOSS_UNIT},
+        "latency": {"latency_ms": latency, "size_bytes": 0.02 * size, "loss": 0.01 / LOSS_UNIT},
         "memory": {
             "peak_bytes": peak,
             "size_bytes": 0.05 * size,
@@ -153,9 +153,9 @@ def _latency_ratio_limit(budget: Budget, base: Base) -> float | None:
 
 
 def within(budget: Budget, m: Measurement, *, headroom: float = HEADROOM) -> bool:
-    """True if `m` meets the limits, the drop with headroom."""
+    """True if `m` meets the limits, the likely drop with headroom."""
     aimed = budget if budget.max_drop is None else replace(budget, max_drop=budget.max_drop * headroom)
-    return not aimed.violations(m)
+    return not aimed.violations(replace(m, drop=m.judged_drop))
 
 
 def _try(state: State, plan: Plan) -> Attempt:
@@ -187,7 +187,7 @@ def _better(budget: Budget, m: Measurement, best: Attempt | None) -> bool:
         return True
 
     def rank(x: Measurement) -> tuple[float, ...]:
-        drop = math.inf if x.drop is None else x.drop
+        drop = math.inf if x.judged_drop is None else x.judged_drop
         latency = x.latency_ratio if x.latency_ratio is not None else math.inf
         peak = math.inf if x.peak_bytes is None else float(x.peak_bytes)
         order: dict[Objective, tuple[float, ...]] = {
@@ -239,7 +239,7 @@ def _unchanged(state: State, plan: Plan, met: float, missed: float, cap: float) 
 
 
 def _drop_within(budget: Budget, m: Measurement) -> bool:
-    return budget.max_drop is None or (m.drop is not None and m.drop <= budget.max_drop * HEADROOM)
+    return budget.max_drop is None or within(Budget(max_drop=budget.max_drop), m)
 
 
 def _next_cap(state: State, met: float, missed: float, cap: float) -> float:
@@ -247,10 +247,10 @@ def _next_cap(state: State, met: float, missed: float, cap: float) -> float:
     if met > 0 and math.isfinite(missed):
         return math.sqrt(met * missed)
     last = state.attempts[-1].measured if state.attempts else None
-    if last is None or last.drop is None or state.budget.max_drop is None:
+    if last is None or last.judged_drop is None or state.budget.max_drop is None:
         return cap * 3 if met > 0 else cap / 3
     aim = state.budget.max_drop * HEADROOM
-    guess = aim / last.drop if last.drop > 0 else 4.0
+    guess = aim / last.judged_drop if last.judged_drop > 0 else 4.0
     return cap * min(max(guess, 1.5), 4.0) if met > 0 else cap * max(min(guess * 0.9, 0.67), 0.1)
 
 
@@ -318,7 +318,7 @@ def _faster_of_equals(state: State, found: list[Attempt]) -> Attempt | None:
 
 def _drop(attempt: Attempt) -> float:
     m = attempt.measured
-    return math.inf if m is None or m.drop is None else m.drop
+    return math.inf if m is None or m.judged_drop is None else m.judged_drop
 
 
 def nearest(budget: Budget, attempts: list[Attempt]) -> Attempt | None:
@@ -333,8 +333,8 @@ def nearest(budget: Budget, attempts: list[Attempt]) -> Attempt | None:
             (m.macs, budget.max_macs),
         )
         over = sum(max(0.0, (v or 0) / limit - 1) for v, limit in pairs if limit is not None)
-        if budget.max_drop is not None and m.drop is not None:
-            over += max(0.0, m.drop - budget.max_drop) / max(budget.max_drop, 0.01)
+        if budget.max_drop is not None and m.judged_drop is not None:
+            over += max(0.0, m.judged_drop - budget.max_drop) / max(budget.max_drop, 0.01)
         return over
 
     measured = [a for a in attempts if a.measured is not None]

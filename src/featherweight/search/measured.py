@@ -131,6 +131,8 @@ def _measurement(
         runtime=problem.bench.runtime,
         host=problem.bench.host,
         latency_from=problem.bench.latency_from,
+        changed=after.changed,
+        likely_drop=significance.likely(drop, after.changed),
         seed=problem.request.seed,
         **costs,
     )

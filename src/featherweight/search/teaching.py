@@ -16,6 +16,7 @@ from featherweight.core import Attempt, Budget, Measurement
 from featherweight.errors import FeatherweightError
 from featherweight.graph import io
 from featherweight.quantities import format_drop, format_duration
+from featherweight.search import loop
 from featherweight.search.baseline import Baseline
 from featherweight.search.measured import build_and_save, measure_file
 from featherweight.search.passes import Found
@@ -76,7 +77,7 @@ def teach(problem: Problem, known: Baseline, found: Found, learn: Teach) -> None
         f"candidate {chosen.index} was taught by the original for {format_duration(seconds)}: its drop went from "
         f"{format_drop(before, name)} to {format_drop(measured.drop, name)} on validation data",
     )
-    if not problem.budget.violations(measured) and _better(problem.budget, measured, found.best):
+    if loop.within(problem.budget, measured, headroom=1.0) and _better(problem.budget, measured, found.best):
         found.best, found.taught = attempt, (attempt, path)
 
 
@@ -96,13 +97,13 @@ def _better(budget: Budget, measured: Measurement, best: Attempt | None) -> bool
     if best is None or best.measured is None:
         return True
     if budget.minimize == "drop":
-        return (measured.drop or 0.0) < (best.measured.drop or 0.0)
+        return (measured.judged_drop or 0.0) < (best.measured.judged_drop or 0.0)
     return _of(budget, measured) < _of(budget, best.measured)
 
 
 def _drop(attempt: Attempt) -> float:
     m = attempt.measured
-    return float("inf") if m is None or m.drop is None else m.drop
+    return float("inf") if m is None or m.judged_drop is None else m.judged_drop
 
 
 def _cost(budget: Budget, attempt: Attempt) -> float:

@@ -166,9 +166,9 @@ class Wider:
         """The loss that the limit of the drop is likely to allow, by the best plan so far."""
         known = max(self.found.met_cap, 0.0) or first_cap(budget)
         best = self.found.best
-        if best is None or best.measured is None or best.measured.drop is None or budget.max_drop is None:
+        if best is None or best.measured is None or best.measured.judged_drop is None or budget.max_drop is None:
             return known
-        room = loop.HEADROOM * budget.max_drop / max(best.measured.drop, 1e-9)
+        room = loop.HEADROOM * budget.max_drop / max(best.measured.judged_drop, 1e-9)
         return max(known, best.plan.predicted.loss * min(max(room, 1.0), 4.0))
 
     def _one(self, budget: Budget, cap: float, *, enough: bool, candidates: int) -> Outcome:
