@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from featherweight.runtime.evaluate import Evaluation
 
 Verdict = Literal["within", "beyond", "undecided"]
-#: Share of the changed answers by which accuracy falls: .28 to .44 on compressed EfficientNet-Lite0 and MobileNetV2 that lost
-#: up to 8 points on ImageNet photos; more where more is lost (docs/decisions.md).
+#: Share of the changed answers by which accuracy falls: .28 to .44 for EfficientNet-Lite0 and MobileNetV2 compressed so
+#: that they lose up to 8 points on photos; more where more is lost (docs/decisions.md).
 LOST_PER_CHANGE, LOST_SPREAD = 0.4, 0.2
 _CELLS = 200_000  # values gathered at once by the bootstrap: what fits a cache is five times faster than all at once
 
@@ -117,11 +117,11 @@ def paired(metric: Metric, before: Evaluation, after: Evaluation, *, seed: int =
 
 
 def likely(drop: Drop, changed: float | None) -> float | None:
-    """The drop to expect on other data of the kind: as measured, and as the changed answers tell; None without a sign.
+    """The drop to expect on other data: as measured, and as the changed answers tell; None where nothing tells.
 
-    That `LOST_PER_CHANGE` of the changed answers are lost is the prior, known to within `LOST_SPREAD`; the measured drop
-    is weighed against it by variances. So few samples that happen to break even do not hide that many
-    answers changed, and with many samples it is the measured drop.
+    That `LOST_PER_CHANGE` of the changed answers are lost is the prior, known to within `LOST_SPREAD`; the measured
+    drop is weighed against it by variances. So few samples that happen to break even do not hide that many answers
+    changed, and with many samples it is the measured drop.
     """
     n = drop.n_samples
     if changed is None or drop.method != "agresti-min" or not n:

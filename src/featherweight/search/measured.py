@@ -81,14 +81,7 @@ def stage_of(problem: Problem, plan: Plan) -> Staged | None:
 
 def measure_file(problem: Problem, known: Baseline, path: Path) -> Measurement:
     """One candidate on validation data; latency and memory only where the budget speaks of them."""
-    evaluation = problem.bench.evaluate(
-        path,
-        problem.splits.validation,
-        known.metric,
-        reference=problem.work / "reference",
-        threads=problem.profile.threads,
-        progress=lambda _done, _total: problem.progress.advance(),
-    )
+    evaluation = _on_validation(problem, known, path)
     b = problem.budget
     costs: dict[str, Any] = {}
     feeds = first_feeds(problem.splits.validation, LATENCY_FEEDS)
@@ -97,6 +90,23 @@ def measure_file(problem: Problem, known: Baseline, path: Path) -> Measurement:
     if b.max_peak_bytes is not None or b.minimize == "memory":
         costs["peak_bytes"] = problem.bench.memory(path, feeds[0]).peak_bytes
     return _measurement(problem, known, path, evaluation, known.validation, costs)
+
+
+def drop_of(problem: Problem, known: Baseline, path: Path) -> float | None:
+    """The likely drop of one file on validation data."""
+    problem.progress.start("measuring a structure alone", problem.splits.validation.n_batches)
+    return _measurement(problem, known, path, _on_validation(problem, known, path), known.validation, {}).judged_drop
+
+
+def _on_validation(problem: Problem, known: Baseline, path: Path) -> ev.Evaluation:
+    return problem.bench.evaluate(
+        path,
+        problem.splits.validation,
+        known.metric,
+        reference=problem.work / "reference",
+        threads=problem.profile.threads,
+        progress=lambda _done, _total: problem.progress.advance(),
+    )
 
 
 def _latency(problem: Problem, path: Path, feeds: list[dict[str, np.ndarray]], seconds: float) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from featherweight.search import bounds, curves, joint, loop, stage
 from featherweight.search.baseline import Baseline, base
 from featherweight.search.effects import SiteFacts, modelled_latency_ms
 from featherweight.search.joint import Chosen
-from featherweight.search.measured import announce, measure_plan
+from featherweight.search.measured import announce, drop_of, measure_plan
 from featherweight.search.options import Structure, structure_options, weight_options
 from featherweight.search.passes import Found, first_cap, searched, take, usable_table
 from featherweight.search.prepare import Ground, probed_gains, site_facts, staged, survey
@@ -68,6 +68,8 @@ class Wider:
         self.problem, self.known, self.found, self.table = problem, known, found, table
         self.base = base(problem, known)
         self.scale = FIRST_SCALE
+        #: Predicted structural loss of the last proposal before scaling, and the scale it was made with.
+        self.asked, self.scale_asked = 0.0, FIRST_SCALE
         self.tried: set[str] = set()
         self.keep_all = False
 
@@ -156,11 +158,12 @@ class Wider:
                 return
             if not math.isfinite(cap) or outcome == "rescaled":
                 continue
-            met = outcome == "met"
-            low, high = (max(low, cap), high) if met else (low, min(high, cap))
+            met, at = outcome == "met", self.asked
+            low, high = (max(low, at), high) if met else (low, min(high, at))
             if high / max(low, 1e-12) < SMALLEST_STEP:
                 return
-            cap = math.sqrt(low * high) if low and math.isfinite(high) else cap * 2 if met else cap / 2
+            wanted = math.sqrt(low * high) if low and math.isfinite(high) else at * 2 if met else at / 2
+            cap += self.scale * wanted - self.scale_asked * at
 
     def _first_cap(self, budget: Budget) -> float:
         """The loss that the limit of the drop is likely to allow, by the best plan so far."""
@@ -174,13 +177,15 @@ class Wider:
     def _one(self, budget: Budget, cap: float, *, enough: bool, candidates: int) -> Outcome:
         """Build the best structure under the cap and search its numbers.
 
-        met: a candidate stayed within the limits; missed: none did; rescaled: the structure alone lost more than was
-        predicted, which the next proposal takes into account; nothing: no structure is worth trying.
+        met: a candidate stayed within the limits; missed: none did, or the structure alone is over the limit of the
+        drop; rescaled: without such a limit, the structure alone lost more than was predicted, which the next proposal
+        takes into account; nothing: no structure is worth trying.
         """
         caps = loop.caps_of(budget, self.base, self.found.correction)
         caps["loss"] = cap
         start = self.found.best.plan.by_site() if self.found.best else None
         chosen = self._proposed(budget, caps, start)
+        self.asked, self.scale_asked = (cap if chosen is None else chosen.structural) / self.scale, self.scale
         if chosen is None:  # too little loss allowed for the other limits: as if met, so that the cap rises
             return "met" if math.isfinite(cap) else "nothing"
         decisions = stage.structure_part(Plan(chosen.decisions), self.problem.techniques)
@@ -192,10 +197,11 @@ class Wider:
         if built is None:
             return "missed"
         made, noise = built
-        self.scale = min(max(noise / max(chosen.structural / self.scale, 1e-12), SCALES[0]), SCALES[1])
-        if noise > cap:
+        self.scale = min(max(noise / max(self.asked, 1e-12), SCALES[0]), SCALES[1])
+        outcome = self._outcome_alone(made, budget, over=noise > cap)
+        if outcome is not None:
             self.problem.stages.pop(made.key, None)
-            return "rescaled"
+            return outcome
         trial = self._trial(made, noise)
         if budget.max_macs is not None and trial.base.macs > budget.max_macs:
             return "missed"
@@ -235,6 +241,17 @@ class Wider:
         except (TechniqueError, RunError) as e:
             problem.note("structure", f"a structure of {len(decisions)} changes could not be built: {e}")
             return None
+
+    def _outcome_alone(self, made: Staged, budget: Budget, *, over: bool) -> Outcome | None:
+        """Why the numbers of a structure need not be searched: it has lost too much already; None if they do.
+
+        Measuring the drop takes a second, searching numbers many; `over`: the noise is over the cap on the loss.
+        """
+        if budget.max_drop is None:
+            return "rescaled" if over else None
+        problem = self.problem
+        found = problem.journal.phase(f"drop of {made.key}", lambda: drop_of(problem, self.known, made.path))
+        return "missed" if found is not None and found > loop.HEADROOM * budget.max_drop else None
 
     def _trial(self, made: Staged, noise: float) -> Trial:
         """What can be done to the numbers of a structure, estimated with its own statistics."""
