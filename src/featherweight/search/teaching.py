@@ -32,6 +32,11 @@ FOLDER = "distill"
 Teach = Callable[[Problem, Path, fwdata.Splits, Path, float], Path]
 
 
+def teachable(limit: float) -> float:
+    """The largest drop that teaching may bring within the limit."""
+    return limit + max(NEAR_TIMES * limit, NEAR)
+
+
 def worth_teaching(budget: Budget, best: Attempt | None, attempts: list[Attempt]) -> Attempt | None:
     """The measured candidate that teaching could make the answer, or None."""
     free = dataclasses.replace(budget, max_drop=None)
@@ -39,7 +44,7 @@ def worth_teaching(budget: Budget, best: Attempt | None, attempts: list[Attempt]
     limit = budget.max_drop
     if limit is None:
         return best or min(able, key=lambda a: _drop(a), default=None)
-    near = [a for a in able if limit < _drop(a) <= limit + max(NEAR_TIMES * limit, NEAR)]
+    near = [a for a in able if limit < _drop(a) <= teachable(limit)]
     if best is not None and best.measured is not None:
         near = [a for a in near if _cost(budget, a) < CHEAPER * _cost(budget, best)]
     return min(near, key=lambda a: (_cost(budget, a), _drop(a)), default=None)

@@ -32,6 +32,7 @@ from featherweight.search.probe import child_divergence
 from featherweight.search.problem import Problem, first_feeds
 from featherweight.search.solve import Choice, Dimension
 from featherweight.search.stage import Staged
+from featherweight.search.teaching import teachable
 from featherweight.techniques import Context
 
 #: Structures built and measured at most, numeric candidates tried on each, and structures tried for a front.
@@ -251,7 +252,10 @@ class Wider:
             return "rescaled" if over else None
         problem = self.problem
         found = problem.journal.phase(f"drop of {made.key}", lambda: drop_of(problem, self.known, made.path))
-        return "missed" if found is not None and found > loop.HEADROOM * budget.max_drop else None
+        most = loop.HEADROOM * budget.max_drop
+        if problem.request.recover == "distill":  # what misses by little may be taught
+            most = teachable(budget.max_drop)
+        return "missed" if found is not None and found > most else None
 
     def _trial(self, made: Staged, noise: float) -> Trial:
         """What can be done to the numbers of a structure, estimated with its own statistics."""
