@@ -179,6 +179,11 @@ def test_the_likely_drop_weighs_the_measured_one_against_changed_answers_by_hand
     assert likely(drop, 0.1) == pytest.approx((0.01 / 6e-4 + 0.04 / 5.44e-4) / (1 / 6e-4 + 1 / 5.44e-4))
 
 
+def test_a_gain_by_compression_counts_as_luck():
+    # Measured 0, variance 4 / 100^2; the prior's mean 0.4 * 0.05, variance 0.01^2 + 0.16 * 0.05 * 0.95 / 100.
+    assert likely(scored(100, 0, 3), 0.05) == pytest.approx((0.02 / 1.76e-4) / (1 / 4e-4 + 1 / 1.76e-4))
+
+
 def test_nothing_changed_is_no_drop_and_other_metrics_have_no_likely_one():
     assert likely(scored(100, 0, 0), 0.0) == 0
     assert likely(scored(100, 3, 2), None) is None

@@ -121,7 +121,7 @@ def likely(drop: Drop, changed: float | None) -> float | None:
 
     That `LOST_PER_CHANGE` of the changed answers are lost is the prior, known to within `LOST_SPREAD`; the measured
     drop is weighed against it by variances. So few samples that happen to break even do not hide that many answers
-    changed, and with many samples it is the measured drop.
+    changed, and with many samples it is the measured drop. A gain counts as no drop: compression by itself brings none.
     """
     n = drop.n_samples
     if changed is None or drop.method != "agresti-min" or not n:
@@ -129,8 +129,8 @@ def likely(drop: Drop, changed: float | None) -> float | None:
     measured = (drop.gained + drop.lost + 1) / n**2
     prior = (LOST_SPREAD * changed) ** 2 + LOST_PER_CHANGE**2 * changed * (1 - changed) / n
     if prior == 0:
-        return drop.value
-    return (drop.value / measured + LOST_PER_CHANGE * changed / prior) / (1 / measured + 1 / prior)
+        return 0.0
+    return (max(drop.value, 0.0) / measured + LOST_PER_CHANGE * changed / prior) / (1 / measured + 1 / prior)
 
 
 def mcnemar(baseline: Float, candidate: Float) -> tuple[int, int, float]:
