@@ -30,8 +30,9 @@ CHECKPOINT_S = 60.0
 #: A gradient may be this many times its usual norm before it is scaled down.
 SPIKE = 2.0
 PROBE_STEPS = 2
-#: What a rate is multiplied by where it did harm, and the share of the schedule in which that is looked for.
-RETREAT, RETREAT_UNTIL = 0.3, 0.5
+#: What a rate is multiplied by where so many checks in a row say that it does harm (the first steps always do some),
+#: and the share of the schedule in which that is looked for.
+RETREAT, RETREAT_AFTER, RETREAT_UNTIL = 0.3, 3, 0.5
 
 
 @dataclass(frozen=True)
@@ -239,10 +240,11 @@ class Trainer:
         return self._recipe.rate * RETREAT**self._state.retreats
 
     def _retreat(self, done: float) -> None:
-        """Back to the best weights, and on at a lower rate, where the last check says that this one did harm."""
+        """Back to the best weights, and on at a lower rate, where the last checks say that this one does harm."""
         state = self._state
         may = done < RETREAT_UNTIL and state.retreats < self._recipe.retreats
-        if not may or not state.watch.harmed(state.curve[-1].check):
+        recent = [p.check for p in state.curve if p.step > state.restarted][-RETREAT_AFTER:]
+        if not may or len(recent) < RETREAT_AFTER or not all(map(state.watch.harmed, recent)):
             return
         self._put(self._best)
         if self._average:
