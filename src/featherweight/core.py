@@ -184,7 +184,7 @@ class Measurement:
     candidate over original, interleaved. `drop` is baseline metric minus this one in the metric's unit
     (positive is worse). `macs`: multiply-accumulates of one call, counted on the built graph at the data's shapes.
     None where a quantity was not measured. `changed`: share of answers that are not the original's; `likely_drop`: what
-    the drop is on other data, judged from both; None where answers are no classes.
+    the drop is on other data, judged from both; None but for accuracy with one class a sample.
     """
 
     size_bytes: int

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.text import Text
 
-from featherweight.core import Budget, Measurement, Note, Plan, Report
+from featherweight.core import Attempt, Budget, Measurement, Note, Plan, Report
 from featherweight.report import comparison, layers, text, wording
 from featherweight.report.terminal import Column, Grid, shortened, to_text
 
@@ -166,3 +166,12 @@ def test_a_path_is_never_broken_and_equal_reasons_are_said_once(report: Report) 
     rows = tuple({**row, "int8": False, "why": "integers do not pay here"} for row in report.layers[:3])
     shown = to_text(text.layer_parts(dataclasses.replace(report, layers=rows), everything=True), width=120)
     assert shown.count("integers do not pay here") == 1
+
+
+@pytest.mark.parametrize(
+    ("drop", "likely", "words"),
+    [(0.0, 0.019, "over: drop (likely 1.90 points)"), (0.02, 0.004, "over: drop"), (0.0, 0.004, "within the budget")],
+)
+def test_an_attempt_says_whether_its_drop_is_over_or_likely_to_be(drop, likely, words):
+    m = Measurement(size_bytes=1, metric_name="accuracy", drop=drop, likely_drop=likely)
+    assert wording.attempt_words(Attempt(1, Plan(()), m), Budget(max_drop=0.01))[0] == words

@@ -194,3 +194,7 @@ def test_nothing_changed_is_no_drop_and_other_metrics_have_no_likely_one():
 def test_with_many_samples_the_likely_drop_is_the_measured_one():
     assert likely(scored(200_000, 4000, 0), 0.02) == pytest.approx(0.02, abs=5e-4)
     assert likely(scored(200, 12, 12), 0.2) > 0.02
+
+
+def test_as_many_answers_changed_as_scores():
+    assert likely(scored(100, 50, 0), 0.0) == likely(scored(100, 50, 0), 0.5) > 0.3

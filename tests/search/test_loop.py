@@ -75,6 +75,13 @@ def test_a_lucky_candidate_is_judged_by_its_likely_drop():
     assert lucky.best.measured.likely_drop <= 0.01 * 0.8
 
 
+def test_what_is_over_the_limit_as_measured_is_never_within():
+    m = Measurement(size_bytes=1, drop=0.013, likely_drop=0.006)
+    assert not within(Budget(max_drop=0.01), m)
+    assert within(Budget(max_drop=0.01), replace(m, drop=0.01))
+    assert not within(Budget(max_drop=0.01), replace(m, drop=0.0, likely_drop=0.009))
+
+
 def test_least_drop_corrects_its_size_prediction_until_the_file_fits():
     state = run(Budget(max_size_bytes=3500, minimize="drop"), World())
     assert state.best is not None

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from featherweight.convert.door import Converted, is_convertible, to_onnx
-from featherweight.convert.running import as_onnx, convert_file, forget, into_run
+from featherweight.convert.running import FILE, as_onnx, convert_file, forget, into_run
 
-__all__ = ["Converted", "as_onnx", "convert_file", "forget", "into_run", "is_convertible", "to_onnx"]
+__all__ = ["FILE", "Converted", "as_onnx", "convert_file", "forget", "into_run", "is_convertible", "to_onnx"]

@@ -146,7 +146,7 @@ def _write(found: Converted, folder: Path) -> None:
     record = {
         "schema": 1, "source": found.source, "largest_difference": found.largest_difference,
         "sizes": [dict(s) for s in found.sizes], "notes": [dataclasses.asdict(n) for n in found.notes],
-        "tokenizer": None if found.tokenizer is None else str(found.tokenizer.resolve()),
+        "tokenizer": None if found.tokenizer is None else str(found.tokenizer.absolute()),
     }  # fmt: skip
     write_text(json.dumps(record, indent=1), folder / RECORD)
 

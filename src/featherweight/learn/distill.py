@@ -165,6 +165,7 @@ def _converted(
     """The request with the teacher's ONNX file, and what its conversion told; gone again if the run is refused."""
     from featherweight import convert
 
+    kept = resume or (folder / convert.FILE).exists()  # what was there before does not go with a refusal
     found = convert.into_run(teacher, folder, data=data, resume=resume, progress=progress, **door)
     if found is None:
         yield dataclasses.replace(request, teacher=Path(teacher)), ()
@@ -174,6 +175,6 @@ def _converted(
     try:
         yield dataclasses.replace(request, teacher=found.path, tokenizer=tokenizer), told
     except BaseException:
-        if not (folder / "work" / "checkpoints").exists():
+        if not kept and not (folder / "work" / "checkpoints").exists():
             convert.forget(folder)
         raise

@@ -145,8 +145,9 @@ def _converted(teacher: ir.Model, source: Any, out: Path, *, trust: bool) -> Mad
     if not convert.is_convertible(source):
         what = str(source) if isinstance(source, Path) else f"a {type(source).__name__}"
         raise ModelError(f"--student must be {FORMS}; but got {what}")
-    own = isinstance(source, Path) and formats.kind_of(source) != "pickle"  # these know what they take
-    examples = None if own else _examples(teacher)
+    source = Path(source) if isinstance(source, str) else source
+    own = formats.kind_of(source) != "pickle" if isinstance(source, Path) else hasattr(source, "example_inputs")
+    examples = None if own else _examples(teacher)  # programs and folders know what they take
     with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
         converted = convert.to_onnx(source, Path(folder) / "student.onnx", example_inputs=examples, trust=trust)
         student = io.load(converted.path)

@@ -139,8 +139,8 @@ class _State:
                 list(raw["losses"]),
                 float(raw["norm"]),
                 float(raw["seconds"]),
-                int(raw["retreats"]),
-                int(raw["restarted"]),
+                int(raw.get("retreats", 0)),
+                int(raw.get("restarted", 0)),
             )
         except (KeyError, TypeError, ValueError) as e:
             raise DataError(f"the checkpoint's state is malformed ({type(e).__name__}: {e}); begin anew") from e

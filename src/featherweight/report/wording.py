@@ -339,8 +339,8 @@ def attempt_words(attempt: Attempt, budget: Budget) -> tuple[str, bool]:
     """('within the budget', True), what is over in short, or 'failed'; and whether it is within."""
     if attempt.measured is None:
         return "failed", False
-    over = [v.partition(" is over ")[0].split(" ")[0] for v in budget.violations(attempt.measured)]
     m = attempt.measured
+    over = [v.partition(" is over ")[0].split(" ")[0] for v in budget.violations(m)]
     if budget.max_drop is not None and "drop" not in over and (m.likely_drop or 0.0) > budget.max_drop:
         over.append(f"drop (likely {format_drop(m.likely_drop, m.metric_name)})")
     if over:

@@ -194,8 +194,8 @@ class _Run:
             rows = self.job.rows_per_sample
             scores = metric.per_sample(outputs, theirs, labels, rows, n=n)
             self.scores.append(np.full(n, scores) if scores.ndim == 0 else scores)
-            if self.stored is not None and theirs is not None and metric.name == "accuracy":
-                self.same.append(agreement(Judged(outputs, theirs, None, 1, n * rows)))
+            if self.stored is not None and theirs is not None and _classes(metric, outputs, n):
+                self.same.append(agreement(Judged(outputs, theirs, None, 1, n)))
         self.labels.append(labels)
         self.done += 1
         self.n += n
@@ -217,6 +217,13 @@ class _Run:
         value = metric.aggregate(scores, labels)
         changed = 1 - float(np.concatenate(self.same).mean()) if self.same else None
         return Evaluation(metric.name, value, scores if scores.ndim else None, labels, self.n, changed)
+
+
+def _classes(metric: Metric, outputs: Outputs, n: int) -> bool:
+    """True if each sample has one answer: the highest of its class scores."""
+    return metric.name == "accuracy" and all(
+        x.ndim == 2 and x.shape[0] == n and x.shape[1] > 1 for x in outputs.values()
+    )
 
 
 _current: _Run | None = None

@@ -126,6 +126,7 @@ def likely(drop: Drop, changed: float | None) -> float | None:
     n = drop.n_samples
     if changed is None or drop.method != "agresti-min" or not n:
         return None
+    changed = max(changed, (drop.gained + drop.lost) / n)
     measured = (drop.gained + drop.lost + 1) / n**2
     prior = (LOST_SPREAD * changed) ** 2 + LOST_PER_CHANGE**2 * changed * (1 - changed) / n
     if prior == 0:

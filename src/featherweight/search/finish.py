@@ -89,7 +89,9 @@ def _misses(budget: Budget, m: Measurement) -> list[str]:
 
 def _outcome(found: Found, broken: list[str]) -> tuple[str, str]:
     if not broken:
-        aside = "" if found.best is not None else " (on validation data it was over one, so be careful)"
+        aside = (
+            "" if found.best is not None else " (on validation data it was over one, or likely to be, so be careful)"
+        )
         return "met", f"every limit holds on unseen data{aside}; {found.stop_reason}"
     if found.best is not None:
         return "not met", f"within the limits on validation data, but on unseen data the {'; the '.join(broken)}"
@@ -176,7 +178,7 @@ def finish_front(problem: Problem, known: Baseline, found: Found) -> Report:
     m = known.measurement
     result = best.measured if best and best.measured else m
     words = f"the smallest that loses at most {format_drop(limit, m.metric_name)}"
-    if result.drop is not None and result.drop > limit:
+    if result.judged_drop is not None and result.judged_drop > limit:
         words = "the one that loses least"
     reason = f"{len(points)} of {len(found.attempts)} measured candidates are on the front; {words} is named above"
     answer: Answer = "yes" if points else "not found"

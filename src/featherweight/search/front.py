@@ -57,4 +57,4 @@ def headline(front: Sequence[Attempt], max_drop: float) -> Attempt | None:
 
 def _drop(attempt: Attempt) -> float:
     m = attempt.measured
-    return math.inf if m is None or m.drop is None else m.drop
+    return math.inf if m is None or m.judged_drop is None else m.judged_drop

@@ -153,9 +153,9 @@ def _latency_ratio_limit(budget: Budget, base: Base) -> float | None:
 
 
 def within(budget: Budget, m: Measurement, *, headroom: float = HEADROOM) -> bool:
-    """True if `m` meets the limits, the likely drop with headroom."""
+    """True if `m` meets the limits as measured, and its likely drop with headroom."""
     aimed = budget if budget.max_drop is None else replace(budget, max_drop=budget.max_drop * headroom)
-    return not aimed.violations(replace(m, drop=m.judged_drop))
+    return not budget.violations(m) and not aimed.violations(replace(m, drop=m.judged_drop))
 
 
 def _try(state: State, plan: Plan) -> Attempt:

@@ -113,8 +113,8 @@ def fronts(problem: Problem, known: Baseline, points: int) -> Found:
         budget = Budget(max_size_bytes=limit, minimize="drop")
         state = state_of(problem, known, found, table, budget=budget, candidates=2)
         search(state, first_loss_cap=NO_CAP)
-        drops = [a.measured.drop for a in state.attempts if a.measured is not None and a.measured.drop is not None]
-        seen.append((limit, min(drops, default=math.inf)))
+        drops = [a.measured.judged_drop for a in state.attempts if a.measured is not None]
+        seen.append((limit, min((d for d in drops if d is not None), default=math.inf)))
         found.attempts.extend(a for a in state.attempts if a not in found.attempts)
         found.interrupted = state.interrupted
         problem.progress.advance()

@@ -75,12 +75,13 @@ def teach(problem: Problem, known: Baseline, found: Found, learn: Teach) -> None
     plan = dataclasses.replace(chosen.plan, options=tuple(sorted(options.items())))
     attempt = Attempt(len(found.attempts) + 1, plan, measured, seconds=seconds)
     found.attempts.append(attempt)
-    before = chosen.measured.drop if chosen.measured is not None else None
+    before = chosen.measured.judged_drop if chosen.measured is not None else None
+    likely = "" if measured.likely_drop is None else "likely "
     name = measured.metric_name
     problem.note(
         "recover",
-        f"candidate {chosen.index} was taught by the original for {format_duration(seconds)}: its drop went from "
-        f"{format_drop(before, name)} to {format_drop(measured.drop, name)} on validation data",
+        f"candidate {chosen.index} was taught by the original for {format_duration(seconds)}: its {likely}drop went "
+        f"from {format_drop(before, name)} to {format_drop(measured.judged_drop, name)} on validation data",
     )
     if loop.within(problem.budget, measured, headroom=1.0) and _better(problem.budget, measured, found.best):
         found.best, found.taught = attempt, (attempt, path)

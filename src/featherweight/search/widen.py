@@ -48,7 +48,7 @@ SCALES = (0.02, 50.0)
 #: What many changes lose together over the sum of what each loses alone, before it is measured: about three on
 #: EfficientNet-Lite0, where too small a guess costs a structure that is built for nothing.
 FIRST_SCALE = 3.0
-Outcome = Literal["met", "missed", "rescaled", "nothing"]
+Outcome = Literal["met", "missed", "rescaled", "unsolved", "nothing"]
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Wider:
         self.scale = FIRST_SCALE
         #: Predicted structural loss of the last proposal before scaling, and the scale it was made with.
         self.asked, self.scale_asked = 0.0, FIRST_SCALE
-        self.tried: set[str] = set()
+        self.tried: dict[str, Outcome] = {}
         self.keep_all = False
 
     @property
@@ -159,6 +159,9 @@ class Wider:
                 return
             if not math.isfinite(cap) or outcome == "rescaled":
                 continue
+            if outcome == "unsolved":
+                cap *= 2
+                continue
             met, at = outcome == "met", self.asked
             low, high = (max(low, at), high) if met else (low, min(high, at))
             if high / max(low, 1e-12) < SMALLEST_STEP:
@@ -180,20 +183,27 @@ class Wider:
 
         met: a candidate stayed within the limits; missed: none did, or the structure alone is over the limit of the
         drop; rescaled: without such a limit, the structure alone lost more than was predicted, which the next proposal
-        takes into account; nothing: no structure is worth trying.
+        takes into account; unsolved: the cap leaves no room for the other limits; nothing: none is worth trying.
         """
         caps = loop.caps_of(budget, self.base, self.found.correction)
         caps["loss"] = cap
         start = self.found.best.plan.by_site() if self.found.best else None
         chosen = self._proposed(budget, caps, start)
-        self.asked, self.scale_asked = (cap if chosen is None else chosen.structural) / self.scale, self.scale
-        if chosen is None:  # too little loss allowed for the other limits: as if met, so that the cap rises
-            return "met" if math.isfinite(cap) else "nothing"
+        if chosen is None:
+            return "unsolved" if math.isfinite(cap) else "nothing"
+        self.asked, self.scale_asked = chosen.structural / self.scale, self.scale
         decisions = stage.structure_part(Plan(chosen.decisions), self.problem.techniques)
         key = stage.stage_key(self.problem.model_sha256, decisions, self.problem.request.seed)
-        if not decisions or key in self.tried:
-            return "met" if math.isfinite(cap) and decisions else "nothing"
-        self.tried.add(key)
+        if not decisions or (key in self.tried and not math.isfinite(cap)):
+            return "nothing"
+        if key not in self.tried:
+            self.tried[key] = self._outcome(decisions, budget, cap, enough=enough, candidates=candidates)
+        return self.tried[key]
+
+    def _outcome(
+        self, decisions: Sequence[Decision], budget: Budget, cap: float, *, enough: bool, candidates: int
+    ) -> Outcome:
+        """Build one structure and search its numbers."""
         built = self._built(decisions)
         if built is None:
             return "missed"
@@ -251,7 +261,11 @@ class Wider:
         if budget.max_drop is None:
             return "rescaled" if over else None
         problem = self.problem
-        found = problem.journal.phase(f"drop of {made.key}", lambda: drop_of(problem, self.known, made.path))
+        try:
+            found = problem.journal.phase(f"drop of {made.key}", lambda: drop_of(problem, self.known, made.path))
+        except RunError as e:
+            problem.note("structure", f"a structure of {len(made.decisions)} changes could not be run: {e}")
+            return "missed"
         most = loop.HEADROOM * budget.max_drop
         if problem.request.recover == "distill":  # what misses by little may be taught
             most = teachable(budget.max_drop)
