@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -277,11 +278,15 @@ class Bowl:
 
 @pytest.mark.parametrize(("retreats", "rate"), [(0, 1.0), (1, 0.3), (3, 0.027)])
 def test_a_rate_that_does_harm_is_lowered_from_the_best_weights(retreats: int, rate: float) -> None:
-    bowl, at = Bowl(0.1), []
+    bowl = Bowl(0.1)
     work = bowl.work()
-    seen = dataclasses.replace(
-        work, losses=lambda step, done: (at.append(float(bowl.weight.detach())), work.losses(step, done))[1]
-    )
+    at: list[float] = []
+
+    def losses(step: int, done: float) -> Iterator[Callable[[], torch.Tensor]]:
+        at.append(float(bowl.weight.detach()))
+        return work.losses(step, done)
+
+    seen = dataclasses.replace(work, losses=losses)
     recipe = Recipe(1.0, most_steps=48, retreats=retreats)
     ended = Trainer(seen, recipe, seconds=math.inf, keeper=None, progress=Silent()).run()
     assert ended.rate == pytest.approx(rate)
