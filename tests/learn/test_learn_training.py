@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -282,7 +283,7 @@ def test_a_rate_that_does_harm_is_lowered_from_the_best_weights(retreats: int, r
     work = bowl.work()
     at: list[float] = []
 
-    def losses(step: int, done: float) -> Iterator[Callable[[], torch.Tensor]]:
+    def losses(step: int, done: float) -> Iterator[Callable[[], Any]]:
         at.append(float(bowl.weight.detach()))
         return work.losses(step, done)
 
