@@ -154,7 +154,8 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         "# Distillation", "",
         "Top-1 on 500 photos that were never trained on; 500 other photos, without labels, taught and guarded.",
-        "`came back`: share of the accuracy lost against the original; `rate`: the highest learning rate, as it was at the end (docs/learn.md).",
+        "`came back`: share of the accuracy lost against the original; "
+        "`rate`: the highest learning rate, as it was at the end (docs/learn.md).",
         "Machine and versions: distill.json.", "",
         "| student | MB | original | before | after blocks | after | came back | rate | time | peak |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",

@@ -43,7 +43,7 @@ ALLOWED = {
     "testing": SEARCHED,
     "demo": SEARCHED | {"pipeline", "inspection", "report"},
     "convert": GRAPH | {"runtime", "data"},
-    "learn": SEARCHED,
+    "learn": SEARCHED | {"convert"},
     "edge": MEASURED,
     "cli": SEARCHED
     | {"pipeline", "inspection", "target_view", "channel_view", "layer_view", "report", "demo", "embeddings", "words"}

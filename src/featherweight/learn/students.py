@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from featherweight import convert
 from featherweight.convert import formats
 from featherweight.core import Note
 from featherweight.data import feeds
@@ -141,7 +142,6 @@ def _from_function(teacher: ir.Model, text: str, out: Path, *, trust: bool) -> M
 
 def _converted(teacher: ir.Model, source: Any, out: Path, *, trust: bool) -> Made:
     """A torch module, program or file through the door; inputs and outputs take the teacher's names, in order."""
-    convert = importlib.import_module("featherweight.convert")
     if not convert.is_convertible(source):
         what = str(source) if isinstance(source, Path) else f"a {type(source).__name__}"
         raise ModelError(f"--student must be {FORMS}; but got {what}")
