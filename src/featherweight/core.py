@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -296,6 +297,12 @@ class Attempt:
     measured: Measurement | None
     error: str = ""
     seconds: float = 0.0
+
+    @property
+    def judged_drop(self) -> float:
+        """The drop that a search goes by; infinite where none was measured."""
+        drop = None if self.measured is None else self.measured.judged_drop
+        return math.inf if drop is None else drop
 
 
 @dataclass(frozen=True)

@@ -49,12 +49,7 @@ def next_size(measured: Sequence[tuple[int, float]]) -> int:
 def headline(front: Sequence[Attempt], max_drop: float) -> Attempt | None:
     """The smallest point that loses at most `max_drop`; if none does, the one that loses least."""
     measured = [a for a in front if a.measured is not None]
-    good = [a for a in measured if _drop(a) <= max_drop]
+    good = [a for a in measured if a.judged_drop <= max_drop]
     if good:
         return min(good, key=lambda a: a.measured.size_bytes if a.measured else 0)
-    return min(measured, key=_drop, default=None)
-
-
-def _drop(attempt: Attempt) -> float:
-    m = attempt.measured
-    return math.inf if m is None or m.judged_drop is None else m.judged_drop
+    return min(measured, key=lambda a: a.judged_drop, default=None)

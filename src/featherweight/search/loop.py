@@ -308,17 +308,12 @@ def _faster_of_equals(state: State, found: list[Attempt]) -> Attempt | None:
     ok = [a for a in found if a.measured is not None and within(state.budget, a.measured)]
     if not ok:
         return None
-    least = min(ok, key=lambda a: _drop(a))
+    least = min(ok, key=lambda a: a.judged_drop)
     width = 0.0
     if least.measured is not None and least.measured.drop_interval is not None:
         width = (least.measured.drop_interval.high - least.measured.drop_interval.low) / (2 * 1.96)
-    equal = [a for a in ok if _drop(a) <= _drop(least) + STANDARD_ERRORS * width]
-    return min(equal, key=lambda a: (a.plan.predicted.latency_ms, _drop(a)))
-
-
-def _drop(attempt: Attempt) -> float:
-    m = attempt.measured
-    return math.inf if m is None or m.judged_drop is None else m.judged_drop
+    equal = [a for a in ok if a.judged_drop <= least.judged_drop + STANDARD_ERRORS * width]
+    return min(equal, key=lambda a: (a.plan.predicted.latency_ms, a.judged_drop))
 
 
 def nearest(budget: Budget, attempts: list[Attempt]) -> Attempt | None:

@@ -43,11 +43,11 @@ def worth_teaching(budget: Budget, best: Attempt | None, attempts: list[Attempt]
     able = [a for a in attempts if a.measured is not None and not free.violations(a.measured)]
     limit = budget.max_drop
     if limit is None:
-        return best or min(able, key=lambda a: _drop(a), default=None)
-    near = [a for a in able if limit < _drop(a) <= teachable(limit)]
+        return best or min(able, key=lambda a: a.judged_drop, default=None)
+    near = [a for a in able if limit < a.judged_drop <= teachable(limit)]
     if best is not None and best.measured is not None:
         near = [a for a in near if _cost(budget, a) < CHEAPER * _cost(budget, best)]
-    return min(near, key=lambda a: (_cost(budget, a), _drop(a)), default=None)
+    return min(near, key=lambda a: (_cost(budget, a), a.judged_drop), default=None)
 
 
 def teach(problem: Problem, known: Baseline, found: Found, learn: Teach) -> None:
@@ -105,11 +105,6 @@ def _better(budget: Budget, measured: Measurement, best: Attempt | None) -> bool
     if budget.minimize == "drop":
         return (measured.judged_drop or 0.0) < (best.measured.judged_drop or 0.0)
     return _of(budget, measured) < _of(budget, best.measured)
-
-
-def _drop(attempt: Attempt) -> float:
-    m = attempt.measured
-    return float("inf") if m is None or m.judged_drop is None else m.judged_drop
 
 
 def _cost(budget: Budget, attempt: Attempt) -> float:

@@ -1,0 +1,103 @@
+"""How far the drop measured on few photos is from the drop on all, and how far the likely drop of the search is.
+
+`python -m benchmarks.likely --data FOLDER --task lite0 FILE...` runs compressed files of a network on the 500 photos of
+the evaluation, draws few of them again and again, and judges each draw by both. Results of networks are kept together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import evaluate, feeds, quantize, results, tasks
+from benchmarks.tasks import TASKS, Task
+from featherweight.runtime import significance
+
+RESULT = results.FOLDER / "likely.json"
+PAGE = results.FOLDER / "likely.md"
+DRAWN = (60, 150, 400)
+DRAWS = 60
+#: Bands of the drop on all photos, in points; a file that loses more than `TOO_MUCH` should not pass for `AIM`.
+BANDS = ((0.0, 3.0), (3.0, 8.0), (8.0, 100.0))
+AIM, TOO_MUCH = 0.8, 1.5
+
+
+def measured(task: Task, files: list[Path]) -> list[dict[str, list[int]]]:
+    """For each file, photo by photo: whether the original and the file are right, and whether they differ."""
+    labels = feeds.labels(quantize.WORK / "data" / task.evaluation)
+    before = evaluate.outputs(task, quantize.original(task), quantize.WORK).argmax(1)
+    found = []
+    for path in files:
+        after = evaluate.outputs(task, path, quantize.WORK).argmax(1)
+        columns = {"before": before == labels, "after": after == labels, "changed": before != after}
+        found.append({name: column.astype(int).tolist() for name, column in columns.items()})
+    return found
+
+
+def judged(file: dict[str, list[int]], n: int, rng: np.random.Generator) -> tuple[float, float]:
+    """The measured and the likely drop of one draw of `n` photos, in points."""
+    before, after, changed = (np.array(file[name]) for name in ("before", "after", "changed"))
+    rows = rng.integers(0, len(before), n)
+    gained, lost = (int((a[rows] & (1 - b[rows])).sum()) for a, b in ((after, before), (before, after)))
+    drop = significance.Drop((lost - gained) / n, None, "agresti-min", None, gained, lost, n)
+    likely = significance.likely(drop, float(changed[rows].mean()))
+    assert likely is not None
+    return 100 * drop.value, 100 * likely
+
+
+def truth(file: dict[str, list[int]]) -> float:
+    """The drop on all photos, in points."""
+    return 100 * float(np.mean(file["before"]) - np.mean(file["after"]))
+
+
+def table(files: list[dict[str, list[int]]]) -> str:
+    """What a changed answer costs, and both errors by number of photos and band, as Markdown."""
+    lines = [
+        "# The drop from few photos", "",
+        f"{len(files)} compressed files on 500 photos; {DRAWS} draws a file with replacement, against the drop on all. "
+        f"passes: draws in which a file that loses more than {TOO_MUCH} points is judged to lose at most {AIM}.", "",
+        "| loses, points | files | drop over changed answers |", "| --- | ---: | --- |",
+    ]  # fmt: skip
+    for low, high in BANDS:
+        shares = [
+            truth(f) / (100 * np.mean(f["changed"])) for f in files if low <= truth(f) < high and any(f["changed"])
+        ]
+        lines.append(
+            f"| {low:g} to {high:g} | {len(shares)} | {min(shares, default=0):.2f} to {max(shares, default=0):.2f} |"
+        )
+    head = " | ".join(f"error, {low:g} to {high:g} points" for low, high in BANDS)
+    lines += ["", f"| photos | judged by | {head} | passes |", "| ---: | --- | ---: | ---: | ---: | ---: |"]
+    for n in DRAWN:
+        rng = np.random.default_rng(n)
+        rows = np.array([(truth(f), *judged(f, n, rng)) for f in files for _ in range(DRAWS)])
+        for column, name in ((1, "measured drop"), (2, "likely drop")):
+            errors = [rows[(rows[:, 0] >= low) & (rows[:, 0] < high)][:, [0, column]] for low, high in BANDS]
+            cells = " | ".join(f"{np.sqrt(np.square(e[:, 1] - e[:, 0]).mean()):.2f}" if len(e) else "-" for e in errors)
+            bad = rows[rows[:, 0] > TOO_MUCH][:, column]
+            lines.append(f"| {n} | {name} | {cells} | {(bad <= AIM).mean() if len(bad) else 0:.1%} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run the files, keep what they answered, print the table over all networks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = [t for t in TASKS if t.kind == "images"]
+    parser.add_argument("--data", type=Path, required=True, help="folder of labelled data (see benchmarks/README.md)")
+    parser.add_argument("--task", choices=[t.name for t in known], required=True)
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="compressed files of that network")
+    args = parser.parse_args()
+    task = next(t for t in known if t.name == args.task)
+    tasks.prepare(task, args.data, quantize.WORK)
+    kept = json.loads(RESULT.read_text())["tasks"] if RESULT.exists() else {}
+    kept[task.name] = measured(task, args.files)
+    RESULT.write_text(json.dumps({"machine": results.machine(), "tasks": kept}) + "\n")
+    page = table([f for files in kept.values() for f in files])
+    PAGE.write_text(page)
+    print(page)
+
+
+if __name__ == "__main__":
+    main()
