@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from featherweight.runtime.evaluate import Evaluation
 
 Verdict = Literal["within", "beyond", "undecided"]
-#: Share of the changed answers by which accuracy falls: .28 to .44 for EfficientNet-Lite0 and MobileNetV2 compressed so
+#: Share of the changed answers by which accuracy falls: .28 to .55 for EfficientNet-Lite0 and MobileNetV2 compressed so
 #: that they lose up to 8 points on photos; more where more is lost (docs/decisions.md).
 LOST_PER_CHANGE, LOST_SPREAD = 0.4, 0.2
 _CELLS = 200_000  # values gathered at once by the bootstrap: what fits a cache is five times faster than all at once
