@@ -1,0 +1,94 @@
+"""How structures are chosen one after another: what was measured of one bounds the next."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from featherweight.core import Budget
+from featherweight.errors import RunError
+from featherweight.search import widen
+from featherweight.search.widen import Wider
+
+
+class Asking(Wider):
+    """Asks for as much structure as the cap allows; it stays within the limits up to `most`.
+
+    The noise a structure really makes grows otherwise than predicted, so that the scale changes with every one.
+    """
+
+    def __init__(self, most: float, power: float) -> None:
+        self.most, self.power, self.log = most, power, []
+        self.scale, self.asked, self.scale_asked = 3.0, 0.0, 3.0
+        vars(self)["found"] = SimpleNamespace(interrupted=False, best=None)
+        self.__dict__["structure"] = SimpleNamespace(empty=False)
+
+    def _exhausted(self) -> bool:
+        return False
+
+    def _first_cap(self, budget: Budget) -> float:
+        return 1.0
+
+    def _one(self, budget, cap, *, enough, candidates):
+        self.asked, self.scale_asked = cap / self.scale, self.scale
+        self.scale = 2 * self.asked**self.power
+        met = self.asked <= self.most
+        self.log.append((self.asked, met))
+        return "met" if met else "missed"
+
+
+@pytest.mark.parametrize("power", [-0.7, 0.0, 0.8])
+@pytest.mark.parametrize("most", [0.02, 0.2, 0.33, 1.5])
+def test_each_structure_lies_between_what_met_and_what_missed(most, power):
+    wider = Asking(most, power)
+    wider._search(Budget(max_drop=0.01, minimize="latency"), enough=False)
+    assert len(wider.log) > 1
+    for i, (asked, _) in enumerate(wider.log[1:], start=1):
+        before = wider.log[:i]
+        assert all(asked > a if met else asked < a for a, met in before)
+
+
+def alone(found: Any, *, max_drop=0.01, recover="ridge", over=False):
+    """`_outcome_alone` of a structure whose likely drop is `found`; an error is raised."""
+
+    def phase(_name, measure):
+        return measure()
+
+    notes = []
+    problem = SimpleNamespace(
+        journal=SimpleNamespace(phase=phase), request=SimpleNamespace(recover=recover),
+        note=lambda where, text: notes.append(f"{where}: {text}"),
+    )  # fmt: skip
+    wider = Asking(1.0, 0.0)
+    vars(wider).update(problem=problem, known=None)
+    made: Any = SimpleNamespace(key="k", path="p", decisions=("d",))
+    with pytest.MonkeyPatch.context() as patch:
+
+        def drop_of(*_):
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+        patch.setattr(widen, "drop_of", drop_of)
+        return wider._outcome_alone(made, Budget(max_drop=max_drop), over=over), notes
+
+
+@pytest.mark.parametrize(
+    ("drop", "recover", "outcome"),
+    [(0.007, "ridge", None), (0.009, "ridge", "missed"), (0.009, "distill", None), (0.04, "distill", "missed")],
+)
+def test_a_structure_that_lost_too_much_alone_is_not_searched_unless_it_may_be_taught(drop, recover, outcome):
+    assert alone(drop, recover=recover)[0] == outcome
+
+
+def test_without_a_limit_on_the_drop_the_noise_decides():
+    assert alone(0.5, max_drop=None, over=True)[0] == "rescaled"
+    assert alone(0.5, max_drop=None)[0] is None
+
+
+def test_a_structure_that_cannot_be_run_is_noted_and_the_search_goes_on():
+    outcome, notes = alone(RunError("the child died"))
+    assert outcome == "missed"
+    assert notes == ["structure: a structure of 1 changes could not be run: the child died"]
