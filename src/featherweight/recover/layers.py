@@ -114,12 +114,21 @@ def changed_values(original: ir.Model, reduced: ir.Model) -> set[str]:
         if (
             twin is None
             or twin.op_type != node.op_type
+            or _rewired(node, twin, nodes)
             or any(altered(v) for v in node.inputs)
             or any(altered(v) for v in inside if v is not None and (v.is_initializer() or v.name in changed))
             or any(v.name not in nodes for v in node.outputs)
         ):
             changed.update(v.name for v in node.outputs if v.name)
     return changed
+
+
+def _rewired(node: ir.Node, twin: ir.Node, made: Mapping[str, ir.Node]) -> bool:
+    """True if the node reads another value than its twin does, though the original has both: a layer was left out."""
+    return any(
+        a is not None and b is not None and a.name != b.name and a.name in made
+        for a, b in zip(node.inputs, twin.inputs, strict=False)
+    )
 
 
 def _layer(weight: Weight, theirs: Set[str]) -> tuple[Layer | None, _Place | None]:

@@ -126,6 +126,23 @@ _RECIPES: dict[str, _Recipe] = {
         {"w1": (20, 16), "w2": (1, 20, 12)},
         {"x": (16, 5)},
     ),
+    "residuals": _Recipe(
+        """g (float[N, 3, 8, 8] x) => (float[N, 5] y) {
+          [stem] s = Conv<kernel_shape = [3, 3], pads = [1, 1, 1, 1]>(x, w1, b1)
+          [expand] c1 = Conv<kernel_shape = [1, 1]>(s, w2)
+          [act1] r1 = Relu(c1)
+          [project] c2 = Conv<kernel_shape = [1, 1]>(r1, w3, b3)
+          [sum1] t = Add(c2, s)
+          [inner] c3 = Conv<kernel_shape = [3, 3], pads = [1, 1, 1, 1]>(t, w4)
+          [sum2] u = Add(t, c3)
+          [pool] p = GlobalAveragePool(u)
+          [flat] f = Flatten(p)
+          [head] y = MatMul(f, w5)
+        }""",
+        {"w1": (16, 3, 3, 3), "b1": (16,), "w2": (32, 16, 1, 1), "w3": (16, 32, 1, 1), "b3": (16,),
+         "w4": (16, 16, 3, 3), "w5": (16, 5)},
+        {"x": (3, 3, 8, 8)},
+    ),
     "loop_body": _Recipe(
         """g (float[N, 12] x) => (float[N, 12] y) {
           [repeat] y = Loop(trips, keep, x) <body = turn (int64 i, bool go, float[N, 12] h) =>
