@@ -34,8 +34,8 @@ class Branch:
 
     @property
     def name(self) -> str:
-        """The name of the sum, which is the branch's name as a place of choice."""
-        return self.end.name or ""
+        """What the branch is called as a place of choice, after the addition at its end."""
+        return f"branch into {self.nodes[-1].name}"
 
 
 def residual(model: ir.Model, input_shapes: Mapping[str, tuple[int, ...]] | None = None) -> tuple[Branch, ...]:

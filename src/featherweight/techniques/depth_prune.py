@@ -26,7 +26,7 @@ UNKNOWN = 1.0
 
 
 class DepthPrune:
-    """See the module's text. Sites are residual branches, named by the sum at their end."""
+    """See the module's text. Sites are residual branches, named after the addition at their end."""
 
     name: ClassVar[str] = "depth_prune"
     stage: ClassVar[Stage] = "structure"
