@@ -110,7 +110,7 @@ def test_preview_leaves_the_model_alone():
     model = three_branches()
     before = io.to_bytes(model)
     site = next(iter(DROP.sites(model)))
-    seen = DROP.preview(model, site, OUT, Context(PROFILE))  # type: ignore[attr-defined]
+    seen = DROP.preview(model, site, OUT, Context(PROFILE))
     assert io.to_bytes(model) == before
     assert len(seen.graph) == len(model.graph) - 4
 

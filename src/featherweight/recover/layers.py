@@ -123,7 +123,7 @@ def changed_values(original: ir.Model, reduced: ir.Model) -> set[str]:
     return changed
 
 
-def _rewired(node: ir.Node, twin: ir.Node, made: Mapping[str, ir.Node]) -> bool:
+def _rewired(node: ir.Node, twin: ir.Node, made: Mapping[str | None, ir.Node]) -> bool:
     """True if the node reads another value than its twin does, though the original has both: a layer was left out."""
     return any(
         a is not None and b is not None and a.name != b.name and a.name in made

@@ -169,7 +169,7 @@ def _held(joint: Joint, group: str, picked: Mapping[str, Option], shrunk: Mappin
     """What the weights of a group cost with all other groups as they are at the point, and this one whole."""
 
     def share(around: tuple[str, ...], what: str) -> float:
-        return math.prod(getattr(shrunk[g], what) for g in around if g != group)
+        return float(math.prod(getattr(shrunk[g], what) for g in around if g != group))
 
     sized = {n: share(gs, "size") for n, gs in joint.sized_by.items() if group in gs}
     worked = {n: gs for n, gs in joint.worked_by.items() if group in gs}

@@ -46,7 +46,7 @@ class DepthPrune:
             for branch in branches.residual(model)
         ]
 
-    def options(self, model: ir.Model, site: Site, ctx: Context) -> Iterable[Action]:
+    def options(self, model: ir.Model, site: Site, ctx: Context) -> Iterable[Action]:  # noqa: ARG002 - the protocol
         """To leave it out, unless a layer in it was asked to stay."""
         asked = sorted(ctx.keep_float.intersection(site.nodes))
         if asked:
@@ -54,24 +54,24 @@ class DepthPrune:
             return []
         return [Action.of(self.name)]
 
-    def estimate(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> Estimate:
+    def estimate(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> Estimate:  # noqa: ARG002 - the protocol
         """Nothing is left; the noise is a guess, as only a run can tell."""
         return Estimate(0, UNKNOWN, 0.0)
 
-    def apply(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> tuple[Site, ...]:
-        """Remember the choice; `finish` removes all branches at once, after channels were cut. Raises TechniqueError."""
+    def apply(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> tuple[Site, ...]:  # noqa: ARG002 - the protocol
+        """Remember the choice; `finish` removes all branches at once. Raises TechniqueError where there is none."""
         _chosen(model, [site.name])
         pending = json.loads(model.graph.metadata_props.get(PENDING, "[]"))
         model.graph.metadata_props[PENDING] = json.dumps([*pending, site.name])
         return (site,)
 
-    def preview(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> ir.Model:
+    def preview(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> ir.Model:  # noqa: ARG002 - the protocol
         """A copy without the branch."""
         copy = surgery.copy_model(model)
         _remove(copy, [site.name])
         return copy
 
-    def finish(self, model: ir.Model, ctx: Context) -> None:
+    def finish(self, model: ir.Model, ctx: Context) -> None:  # noqa: ARG002 - the protocol
         """Remove the branches."""
         pending = json.loads(model.graph.metadata_props.pop(PENDING, "[]"))
         if pending:
