@@ -62,7 +62,7 @@ def alone(found: Any, *, max_drop=0.01, recover="ridge", over=False):
         note=lambda where, text: notes.append(f"{where}: {text}"),
     )  # fmt: skip
     wider = Asking(1.0, 0.0)
-    vars(wider).update(problem=problem, known=None)
+    vars(wider).update(problem=problem, known=SimpleNamespace(metric=SimpleNamespace(name="accuracy")))
     made: Any = SimpleNamespace(key="k", path="p", decisions=("d",))
     with pytest.MonkeyPatch.context() as patch:
 
@@ -81,6 +81,14 @@ def alone(found: Any, *, max_drop=0.01, recover="ridge", over=False):
 )
 def test_a_structure_that_lost_too_much_alone_is_not_searched_unless_it_may_be_taught(drop, recover, outcome):
     assert alone(drop, recover=recover)[0] == outcome
+
+
+def test_a_structure_that_lost_too_much_is_told_of():
+    assert alone(0.012)[1] == [
+        "structure: 1 change(s) alone lose 1.20 points, where 0.80 points is aimed at (likely drop, validation data): "
+        "numbers were not searched there"
+    ]
+    assert alone(0.007)[1] == []
 
 
 def test_without_a_limit_on_the_drop_the_noise_decides():

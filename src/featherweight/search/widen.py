@@ -19,6 +19,7 @@ from featherweight.core import Attempt, Budget, Decision, Effect, Plan, Site
 from featherweight.errors import RunError, TechniqueError
 from featherweight.graph import cost, io
 from featherweight.graph.weights import weights
+from featherweight.quantities import format_drop
 from featherweight.runtime.metrics import Metric
 from featherweight.search import bounds, curves, joint, loop, stage
 from featherweight.search.baseline import Baseline, base
@@ -269,7 +270,15 @@ class Wider:
         most = loop.HEADROOM * budget.max_drop
         if problem.request.recover == "distill":  # what misses by little may be taught
             most = teachable(budget.max_drop)
-        return "missed" if found is not None and found > most else None
+        if found is None or found <= most:
+            return None
+        name = self.known.metric.name
+        problem.note(
+            "structure",
+            f"{len(made.decisions)} change(s) alone lose {format_drop(found, name)}, where {format_drop(most, name)} is "
+            "aimed at (likely drop, validation data): numbers were not searched there",
+        )
+        return "missed"
 
     def _trial(self, made: Staged, noise: float) -> Trial:
         """What can be done to the numbers of a structure, estimated with its own statistics."""
