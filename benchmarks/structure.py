@@ -37,7 +37,7 @@ class Entry:
 
 
 def entries(task: Task) -> list[Entry]:
-    """The rows of a network: channels, those and whole branches or factors, plain SVD, Torch-Pruning as is and normed."""
+    """The rows of a network: channels, with branches or factors, plain SVD, Torch-Pruning as is and normed."""
     rows = []
     for gone in PERCENT_GONE:
         asked = ("--max-macs", f"{100 - gone}%", "--techniques")

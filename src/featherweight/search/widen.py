@@ -275,8 +275,8 @@ class Wider:
         name = self.known.metric.name
         problem.note(
             "structure",
-            f"{len(made.decisions)} change(s) alone lose {format_drop(found, name)}, where {format_drop(most, name)} is "
-            "aimed at (likely drop, validation data): numbers were not searched there",
+            f"{len(made.decisions)} change(s) alone lose {format_drop(found, name)}, where {format_drop(most, name)} "
+            "is aimed at (likely drop, validation data): numbers were not searched there",
         )
         return "missed"
 
