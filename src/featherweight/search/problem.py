@@ -275,12 +275,13 @@ def _dim(dim: int | ir.SymbolicDim) -> int | str | None:
     return dim if isinstance(dim, int) else dim.value
 
 
-def first_feeds(dataset: fwdata.Dataset, n: int) -> list[dict[str, np.ndarray]]:
-    """Feeds of the first `n` batches."""
-    feeds = []
+def first_feeds(dataset: fwdata.Dataset, n: int, *, samples: int = 0) -> list[dict[str, np.ndarray]]:
+    """Feeds of the first `n` batches, and on until they hold so many samples."""
+    feeds, held = [], 0
     for batch in dataset.batches():
         feeds.append(batch.feeds)
-        if len(feeds) == n:
+        held += batch.n
+        if len(feeds) >= n and held >= samples:
             break
     return feeds
 

@@ -42,8 +42,8 @@ CANDIDATES_EACH = 3
 MOST_FOR_A_FRONT = 3
 #: How often a proposal that is over the limit on operations is made anew.
 MOST_CORRECTIONS = 6
-#: Batches on which the noise of a changed structure is measured.
-NOISE_BATCHES = 32
+#: Batches on which the noise of a changed structure is measured, and on until so many samples.
+NOISE_BATCHES, NOISE_SAMPLES = 32, 150
 SMALLEST_STEP = 1.3
 SCALES = (0.02, 50.0)
 #: What many changes lose together over the sum of what each loses alone, before it is measured: about three on
@@ -399,7 +399,7 @@ def _fragile(ground: Ground, made: Staged) -> frozenset[str]:
 
 def _noise(problem: Problem, made: Staged, metric: Metric) -> float:
     """Noise over signal of the changed structure in float, in what the metric reads, on validation data."""
-    feeds = first_feeds(problem.splits.validation, NOISE_BATCHES)
+    feeds = first_feeds(problem.splits.validation, NOISE_BATCHES, samples=NOISE_SAMPLES)
     found, _ = problem.worker.call(
         child_divergence, str(problem.model_path), str(made.path), feeds, problem.profile.threads, metric,
         doing="running a changed structure",

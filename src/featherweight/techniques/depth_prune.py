@@ -31,6 +31,7 @@ class DepthPrune:
     name: ClassVar[str] = "depth_prune"
     stage: ClassVar[Stage] = "structure"
     integer: ClassVar[bool] = False
+    settles: ClassVar[int] = 4
 
     def sites(self, model: ir.Model) -> Iterable[Site]:
         """Every residual branch."""
