@@ -1,4 +1,4 @@
-"""The smallest file and the fastest model at a drop of one point: each technique alone, some and all together.
+"""The smallest file and the fastest model at a drop of one point: each technique alone, and all together.
 
 `python -m benchmarks.joint --data FOLDER [--tasks lite0,...] [--only "all size,..."] [--write]`. Rows that were
 measured before are kept; `--again` times their files once more, `--fresh` makes them again.
@@ -16,7 +16,6 @@ ALONE = {
     "int8": "static_int8,dynamic_int8",
     "n-bit": "weight_nbit,palette",
     "channels": "channel_prune",
-    "branches": "depth_prune",
     "factors": structure.FACTORS,
     "sparse": "sparse",
 }

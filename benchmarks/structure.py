@@ -37,13 +37,12 @@ class Entry:
 
 
 def entries(task: Task) -> list[Entry]:
-    """The rows of a network: channels, with branches or factors, plain SVD, Torch-Pruning as is and normed."""
+    """The rows of a network: channels alone, all structure techniques, plain SVD, Torch-Pruning as is and normed."""
     rows = []
     for gone in PERCENT_GONE:
         asked = ("--max-macs", f"{100 - gone}%", "--techniques")
         rows += [
             Entry(f"featherweight channels {gone}", (*asked, "channel_prune")),
-            Entry(f"featherweight channels + branches {gone}", (*asked, "channel_prune,depth_prune")),
             Entry(f"featherweight {gone}", (*asked, f"channel_prune,{FACTORS}")),
             Entry(f"svd-{gone}"),
             Entry(f"torch-pruning-{gone}"),

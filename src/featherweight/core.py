@@ -17,7 +17,7 @@ from featherweight.errors import BudgetError, PlanError
 
 Scalar = str | int | float | bool
 Stage = Literal["structure", "recover", "numeric"]
-SiteKind = Literal["weight", "channel_group", "branch", "activation", "model"]
+SiteKind = Literal["weight", "channel_group", "activation", "model"]
 Objective = Literal["size", "latency", "memory", "drop"]
 Answer = Literal["yes", "no, proved", "not found"]
 

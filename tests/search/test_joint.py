@@ -8,7 +8,7 @@ import pytest
 
 from featherweight.core import Action, Decision, Effect, Site
 from featherweight.search.effects import SiteFacts
-from featherweight.search.joint import Joint, _table, judged, propose
+from featherweight.search.joint import Joint, judged, propose
 from featherweight.search.options import NODE_MS, GroupOption, Option, undominated, weight_options
 from featherweight.search.solve import Choice
 from featherweight.techniques import Estimate
@@ -115,35 +115,3 @@ def test_a_width_off_the_kernels_multiple_costs_time_but_no_work():
     assert light is not None
     assert fast.groups["g"].decision != odd.decision
     assert light.groups["g"].decision == odd.decision
-
-
-@pytest.mark.parametrize("dimension", ["size_bytes", "latency_ms"])
-@pytest.mark.parametrize("cap", [0.03, 0.05, 0.08, 0.12, 0.2, 0.5])
-def test_a_branch_that_goes_leaves_nothing(dimension, cap):
-    joint = example()
-    out = GroupOption(Decision("r", (Action.of("leave_out"),)), 0.0, 0.0, 0.02, 0.0)
-    joint = Joint(
-        joint.sites | {"r": Site("r", "branch", ("b", "c"), ("b.node", "c.node"), 2000)},
-        joint.facts | {"r": SiteFacts(0.0, 0)},
-        joint.weights,
-        joint.groups | {"r": [GroupOption(Decision("r"), 1.0, 1.0, 0.0, 1.0), out]},
-    )
-    found = propose(joint, {"loss": cap}, {dimension: 1.0})
-    best = min(
-        getattr(e, dimension)
-        for *ws, g, r in itertools.product(*joint.weights.values(), joint.groups["g"], joint.groups["r"])
-        if (e := judged(joint, dict(zip("abc", ws, strict=True)), {"g": g, "r": r}).effect).loss <= cap + 1e-9
-    )
-    assert found is not None
-    assert found.effect.loss <= cap + 1e-6
-    start = 3000 if dimension == "size_bytes" else 30
-    assert start + getattr(found.effect, dimension) <= 1.15 * (start + best)
-    assert found.groups["r"] is out  # two thirds of all for less loss than anything else costs
-    # Where the branch is gone, its coming back costs what is in it: nothing else would ever bring it back.
-    whole = {n: joint.weights[n][0] for n in "abc"}
-    at = {"g": joint.groups["g"][2], "r": out}
-    keep, gone = _table(joint, whole, at, 1.0)["r"]
-    assert (keep.effect.size_bytes - gone.effect.size_bytes, keep.effect.latency_ms - gone.effect.latency_ms) == (
-        1500,
-        15.0,
-    )

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
+import onnx
+import onnx.parser
 import pytest
 
-from featherweight.search.probe import gains, output_noise, perturbed, relative_noise
+from featherweight.runtime import metrics, ort
+from featherweight.search.probe import child_divergence, gains, output_noise, perturbed, relative_noise
 
 
 def test_relative_noise_is_what_samples_show():
@@ -49,3 +55,34 @@ def test_minus_infinity_in_the_reference_is_no_noise():
 def test_sites_that_were_not_probed_get_the_median_gain():
     found = gains({"a": 0.2, "b": 0.4, "c": 0.6}, {"a": 0.1, "b": 0.1, "c": 0.1, "d": 0.1, "e": 0.0})
     assert found == pytest.approx({"a": 2.0, "b": 4.0, "c": 6.0, "d": 4.0, "e": 4.0})
+
+
+def scaled(path: Path, factor: float) -> str:
+    """A model file: logits are `factor` times the input."""
+    body = f"{{ k = Constant<value_float = {factor}>() y = Mul(x, k) }}"
+    text = f'<ir_version: 10, opset_import: ["" : 21]> g (float[n, 3] x) => (float[n, 3] y) {body}'
+    onnx.save(onnx.parser.parse_model(text), path)
+    return str(path)
+
+
+def test_what_a_reference_answered_is_kept_until_its_file_or_the_feeds_change(tmp_path: Path, monkeypatch):
+    made = []
+    session = ort.session
+    monkeypatch.setattr(ort, "session", lambda path, **k: made.append(Path(path).name) or session(path, **k))
+    metric = metrics.get("kl")
+    rng = np.random.default_rng(0)
+    feeds = [{"x": rng.normal(size=(4, 3)).astype(np.float32)} for _ in range(3)]
+    reference, other = scaled(tmp_path / "a.onnx", 1.0), scaled(tmp_path / "b.onnx", 1.5)
+    x = np.concatenate([f["x"] for f in feeds]).astype(np.float64)
+    p, q = (np.exp(k * x) / np.exp(k * x).sum(axis=1, keepdims=True) for k in (1.0, 1.5))
+    expected = float((p * np.log(p / q)).sum(axis=1).mean())
+
+    for _ in range(2):
+        noise, apart = child_divergence(reference, other, feeds, 1, metric)
+        assert apart == pytest.approx(expected, rel=1e-4)
+        assert noise > 0
+    assert made == ["a.onnx", "b.onnx", "b.onnx"]
+    assert child_divergence(reference, other, feeds[:2], 1, metric)[1] != pytest.approx(expected)
+    assert made[3:] == ["a.onnx", "b.onnx"]
+    os.utime(scaled(Path(reference), 1.5), ns=(1, 1))
+    assert child_divergence(reference, other, feeds[:2], 1, metric) == pytest.approx((0.0, 0.0), abs=1e-9)

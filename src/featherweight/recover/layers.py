@@ -114,21 +114,12 @@ def changed_values(original: ir.Model, reduced: ir.Model) -> set[str]:
         if (
             twin is None
             or twin.op_type != node.op_type
-            or _rewired(node, twin)
             or any(altered(v) for v in node.inputs)
             or any(altered(v) for v in inside if v is not None and (v.is_initializer() or v.name in changed))
             or any(v.name not in nodes for v in node.outputs)
         ):
             changed.update(v.name for v in node.outputs if v.name)
     return changed
-
-
-def _rewired(node: ir.Node, twin: ir.Node) -> bool:
-    """True if the node reads another value than its twin does: what lay between was left out."""
-    return any(
-        a is not None and b is not None and a.name != b.name and not a.is_initializer()
-        for a, b in zip(node.inputs, twin.inputs, strict=False)
-    )
 
 
 def _layer(weight: Weight, theirs: Set[str]) -> tuple[Layer | None, _Place | None]:
@@ -212,9 +203,6 @@ def _same(layer: Layer, weight: Weight, twin: Weight | None, changed: set[str]) 
     if layer.made not in changed and layer.source not in changed:
         return True
     if layer.source in changed or twin is None or twin.matrix_shape[2] != layer.k or layer.groups != 1:
-        return False
-    read = twin.main_use.input_value
-    if read is None or read.name != layer.source:
         return False
     rows = twin.to_matrix(twin.array())[0]
     if layer.kept is not None:

@@ -36,7 +36,6 @@ def recover(
     biases_only: bool = False,
     spread: bool = True,
     epochs: int = 1,
-    first: int | None = None,
     progress: Any = None,
 ) -> Recovered:
     """Solve the weights of `reduced`, in place, so that its layers answer as those of `original` do.
@@ -53,7 +52,6 @@ def recover(
         biases_only: leave the weights and correct only the biases.
         spread: scale outputs (not of residual branches) to vary as the original's do: least squares lets signals fade.
         epochs: passes over all layers.
-        first: solve only so many layers, the first that may be; None: all.
         progress: called as (layers done, layers).
 
     Raises:
@@ -61,7 +59,6 @@ def recover(
         RunError, ChildCrashed: a model fails or dies on the data.
     """
     layers, notes = prepare(original, reduced)
-    layers = layers[:first]
     if not layers:
         return Recovered(reduced, (), tuple(notes))
     with tempfile.TemporaryDirectory(prefix="featherweight-recover-") as folder:

@@ -22,7 +22,6 @@ import onnx_ir as ir
 from featherweight.core import Action, Decision, Site
 from featherweight.errors import RunError, TechniqueError
 from featherweight.graph import io
-from featherweight.recover import recover
 from featherweight.runtime.metrics import Metric
 from featherweight.search.options import GroupOption, Structure
 from featherweight.search.probe import child_divergence
@@ -31,11 +30,8 @@ from featherweight.search.stage import cut_only
 from featherweight.techniques import Context
 
 #: Shares of a group's work at which it is really cut; batches that each cut is run on, and on until so many samples.
-#: With 24 photos the order of groups was luck: a few of them hold most of the divergence.
 SHARES = (0.8, 0.4)
 BATCHES, SAMPLES = 24, 96
-#: Samples with which layers behind a change are solved anew before it is judged.
-SOLVED_WITH = 64
 SLOPES = (1.0, 2.0)
 LEAST = 1e-9
 CLASS_METRICS = frozenset({"accuracy", "top5", "agreement", "kl"})
@@ -145,14 +141,5 @@ def _narrowed(problem: Problem, site: Site, decision: Decision, ctx: Context) ->
         problem.techniques[action.technique], "preview", None
     )
     if preview is not None:
-        model = preview(problem.model, site, action, ctx)
-        return _settled(problem, model, getattr(problem.techniques[action.technique], "settles", 0))
+        return preview(problem.model, site, action, ctx)
     return cut_only(problem.model, [decision], ctx, problem.of_stage(structure=True))
-
-
-def _settled(problem: Problem, model: ir.Model, layers: int) -> ir.Model:
-    """The model with the first `layers` layers behind its change solved anew, on a few samples."""
-    if not layers:
-        return model
-    feeds = first_feeds(problem.splits.calibration, 1, samples=SOLVED_WITH)
-    return recover(problem.model, model, feeds, worker=problem.worker, seed=problem.request.seed, first=layers).model

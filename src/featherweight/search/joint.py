@@ -147,17 +147,17 @@ def _table(
             for o in options
         ]
     for name, choices in joint.groups.items():
-        held = _held(joint, name, picked, shrunk)
+        held = _held(joint, name, picked, size, work, time)
         rest, at = joint.facts[name].resident_bytes, shrunk[name]
         table[name] = [
             Choice(
                 g.decision,
                 Effect(
-                    round(held.size_bytes * (g.size - at.size) - rest * (1 - g.size)),
-                    held.latency_ms * (g.time - at.time),
-                    round(held.peak_bytes * (g.size - at.size) - rest * (1 - g.size)),
+                    round(held.size_bytes * (g.size / at.size - 1) - rest * (1 - g.size)),
+                    held.latency_ms * (g.time / max(at.time, 1e-12) - 1),
+                    round(held.peak_bytes * (g.size / at.size - 1) - rest * (1 - g.size)),
                     g.loss * scale,
-                    round(held.macs * (g.work - at.work)),
+                    round(held.macs * (g.work / max(at.work, 1e-12) - 1)),
                 ),
             )
             for g in choices
@@ -165,20 +165,23 @@ def _table(
     return table
 
 
-def _held(joint: Joint, group: str, picked: Mapping[str, Option], shrunk: Mapping[str, GroupOption]) -> Effect:
-    """What the weights of a group cost with all other groups as they are at the point, and this one whole."""
-
-    def share(around: tuple[str, ...], what: str) -> float:
-        return float(math.prod(getattr(shrunk[g], what) for g in around if g != group))
-
-    sized = {n: share(gs, "size") for n, gs in joint.sized_by.items() if group in gs}
-    worked = {n: gs for n, gs in joint.worked_by.items() if group in gs}
+def _held(
+    joint: Joint,
+    group: str,
+    picked: Mapping[str, Option],
+    size: Mapping[str, float],
+    work: Mapping[str, float],
+    time: Mapping[str, float],
+) -> Effect:
+    """What the weights of a group cost at the point."""
+    sized = [n for n, gs in joint.sized_by.items() if group in gs]
+    worked = [n for n, gs in joint.worked_by.items() if group in gs]
     return Effect(
-        round(sum(picked[n].size_bytes * s for n, s in sized.items())),
-        sum(picked[n].latency_ms * share(gs, "time") for n, gs in worked.items()),
-        round(sum(picked[n].resident_bytes * s for n, s in sized.items())),
+        round(sum(picked[n].size_bytes * size[n] for n in sized)),
+        sum(picked[n].latency_ms * time[n] for n in worked),
+        round(sum(picked[n].resident_bytes * size[n] for n in sized)),
         0.0,
-        round(sum(picked[n].macs * share(gs, "work") for n, gs in worked.items())),
+        round(sum(picked[n].macs * work[n] for n in worked)),
     )
 
 

@@ -105,7 +105,7 @@ def structure_options(
             continue
         sites.setdefault(site.name, site)
         found = list(_estimated(model, technique, site, ctx))
-        if site.kind in ("channel_group", "branch"):
+        if site.kind == "channel_group":
             options = groups.setdefault(site.name, [GroupOption(Decision(site.name), 1.0, 1.0, 0.0, 1.0)])
             for d, e in found:
                 slower = slowed(technique, model, site, d, ctx, multiple)

@@ -163,9 +163,8 @@ def _apply(
             current = tuple(s for site in current for s in technique.apply(model, site, action, ctx))
         if all(s.kind == "weight" for s in current):
             left[decision.site] = tuple(s.name for s in current)
-    for name in techniques:  # in their order: channels are cut before branches go
-        if name in used:
-            used[name].finish(model, ctx)
+    for technique in used.values():
+        technique.finish(model, ctx)
     return left
 
 

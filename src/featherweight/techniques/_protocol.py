@@ -95,9 +95,7 @@ class Technique(Protocol):
 
     A structure technique may also have (the search asks with getattr): `factors: int`, layers in the place of one;
     `channels(model, site, action, ctx) -> int`, the width left in the widest layer of a group, as odd widths are slow;
-    `preview(model, site, action, ctx) -> ir.Model`, a model that answers as after the action and is cheaper to make;
-    `settles: int`, how many layers behind the change are solved anew before a preview is judged (the model is not
-    understood without that).
+    `preview(model, site, action, ctx) -> ir.Model`, a model that answers as after the action and is cheaper to make.
     """
 
     name: ClassVar[str]
