@@ -66,9 +66,14 @@ def scaled(path: Path, factor: float) -> str:
 
 
 def test_what_a_reference_answered_is_kept_until_its_file_or_the_feeds_change(tmp_path: Path, monkeypatch):
-    made = []
+    made: list[str] = []
     session = ort.session
-    monkeypatch.setattr(ort, "session", lambda path, **k: made.append(Path(path).name) or session(path, **k))
+
+    def noted(path, **options):
+        made.append(Path(path).name)
+        return session(path, **options)
+
+    monkeypatch.setattr(ort, "session", noted)
     metric = metrics.get("kl")
     rng = np.random.default_rng(0)
     feeds = [{"x": rng.normal(size=(4, 3)).astype(np.float32)} for _ in range(3)]
