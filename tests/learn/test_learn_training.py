@@ -15,15 +15,17 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from featherweight.core import Silent  # noqa: E402
+from featherweight.core import Interval, Measurement, Silent  # noqa: E402
 from featherweight.data import open_data  # noqa: E402
 from featherweight.data.dataset import InputSpec  # noqa: E402
 from featherweight.errors import BudgetError, DataError  # noqa: E402
 from featherweight.learn import augment, losses  # noqa: E402
 from featherweight.learn.blocks import Pair  # noqa: E402
+from featherweight.learn.keeping import stage_from  # noqa: E402
 from featherweight.learn.losses import Projection, Target  # noqa: E402
 from featherweight.learn.matching import damage, rescaled  # noqa: E402
 from featherweight.learn.optimiser import Adam, unit_of  # noqa: E402
+from featherweight.learn.result import Point, Stage  # noqa: E402
 from featherweight.learn.schedule import Schedule, first_plan  # noqa: E402
 from featherweight.learn.stopping import Watch  # noqa: E402
 from featherweight.learn.student import Footprint, fit_memory  # noqa: E402
@@ -319,3 +321,15 @@ def test_a_run_resumed_around_a_lowered_rate_ends_where_the_whole_run_ends(stop_
     found = going_on.run()
     assert [p.check for p in found.curve] == [p.check for p in wanted.curve]
     assert torch.equal(again.weight, whole.weight)
+
+
+def test_a_finished_stage_comes_back_from_a_checkpoint_as_it_was() -> None:
+    measured = Measurement(10, "accuracy", 0.5, 0.1, Interval(0.0, 0.2), 0.3, 40)
+    stage = Stage(
+        "end", 3.0, 48, 0.4, 0.3, True, "the steps are done", measured,
+        (Point(0, 0.1, None, 0.4, None), Point(9, 2.5, 0.5, 0.3, 0.6)),
+        rates=(3e-3, 9e-4),
+    )  # fmt: skip
+    assert stage_from(json.loads(json.dumps(dataclasses.asdict(stage)))) == stage
+    older = {k: v for k, v in dataclasses.asdict(stage).items() if k != "rates"}  # of a version without it
+    assert stage_from(json.loads(json.dumps(older))) == dataclasses.replace(stage, rates=None)

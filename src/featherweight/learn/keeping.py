@@ -42,8 +42,9 @@ def stage_from(raw: Mapping[str, Any]) -> Stage:
     measured = dict(fields.pop("measured"))
     interval = measured.pop("drop_interval", None)
     return Stage(
-        **{k: v for k, v in fields.items() if k not in ("curve", "blocks")},
+        **{k: v for k, v in fields.items() if k not in ("curve", "blocks", "rates")},
         measured=Measurement(**measured, drop_interval=None if interval is None else Interval(**interval)),
         curve=tuple(Point(**p) for p in fields["curve"]),
         blocks=tuple(Block(**b) for b in fields["blocks"]),
+        rates=None if fields.get("rates") is None else tuple(fields["rates"]),
     )

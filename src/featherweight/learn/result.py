@@ -35,7 +35,8 @@ class Block:
 class Stage:
     """One stage. `loss_before`, `loss_after`: on validation data; `measured`: the saved file on the holdout.
 
-    `kept`: False where it made the validation loss worse, so that its result was dropped.
+    `kept`: False where it made the validation loss worse, so that its result was dropped. `rates`: the highest learning
+    rate when it began and when it ended (end to end alone).
     """
 
     name: str
@@ -48,6 +49,7 @@ class Stage:
     measured: Measurement
     curve: tuple[Point, ...] = ()
     blocks: tuple[Block, ...] = ()
+    rates: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

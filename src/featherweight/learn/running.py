@@ -339,10 +339,6 @@ class Run:
             trainer.resume(here.state["trainer"], here.tensors)
         outcome = trainer.run()
         self.student.keep_everything()
-        if outcome.rate < self._rate:
-            lowered = f"lowered from {self._rate:.2g} to {outcome.rate:.2g}, as the loss on validation data rose"
-            self.notes.append(Note("learning rate", lowered))
-            self._rate = outcome.rate
         return [outcome], []
 
     def write_student(self, path: Path) -> None:
@@ -361,6 +357,7 @@ class Run:
         return Stage(
             name, seconds, sum(o.steps for o in outcomes), *loss, kept, "; ".join(reasons[:3]), proof.measured(path),
             outcomes[0].curve if name == "end" and outcomes else (), tuple(made),
+            (self._rate, outcomes[0].rate) if name == "end" and outcomes else None,
         )  # fmt: skip
 
     def _finish(self, proof: Proof, stages: list[Stage]) -> Distilled:
@@ -371,6 +368,10 @@ class Run:
         teacher, before, after, gain = proof.final(target)
         if not any(s.kept for s in stages):
             self.notes.append(Note("result", "no stage made the validation loss smaller: the student is as it was"))
+        began, rate = next((s.rates for s in stages if s.rates), (self._rate, self._rate))
+        if rate < began:
+            lowered = f"lowered from {began:.2g} to {rate:.2g}, as the loss on validation data rose"
+            self.notes.append(Note("learning rate", lowered))
         facts = {
             "teacher": str(self.asked.teacher), "student": self.asked.student_name, "data": self._train.source,
             "samples": {"training": self._train.n_samples, "validation": self._validation.n_samples,
@@ -378,7 +379,7 @@ class Run:
             "augment": str(self._how), "batch": self.asked.batch_size, "micro_batch": self._memory.micro,
             "recompute": self._memory.recompute, "predicted_peak_bytes": self._memory.predicted,
             "threads": self._threads, "seed": self.asked.seed, "temperature": self._weights.temperature,
-            "features": self._weights.features, "rate": self._rate,
+            "features": self._weights.features, "rate": rate,
             "matched": [p.student for p in self._matching.pairs],
         }  # fmt: skip
         if not self._stopped:
