@@ -17,7 +17,8 @@ from dataclasses import dataclass, field, replace
 from featherweight.core import Attempt, Budget, Decision, Measurement, Objective, Plan
 from featherweight.search.solve import Dimension, Table, solve
 
-# A limit on the drop is aimed at with this share of it, so that the holdout, which the search never sees, has room.
+# A limit on a drop as measured is aimed at with this share of it, so that the holdout, which the search never sees, has
+# room. A likely drop needs none: luck is taken out of it already.
 HEADROOM = 0.8
 # Two plans whose drops differ by less than this many standard errors are taken as equally accurate (the
 # one-standard-error rule, Breiman et al. 1984, section 3.4.3): then the faster one wins.
@@ -152,9 +153,16 @@ def _latency_ratio_limit(budget: Budget, base: Base) -> float | None:
     return min(ratios) if ratios else None
 
 
-def within(budget: Budget, m: Measurement, *, headroom: float = HEADROOM) -> bool:
-    """True if `m` meets the limits as measured, and its likely drop with headroom."""
-    aimed = budget if budget.max_drop is None else replace(budget, max_drop=budget.max_drop * headroom)
+def aimed_drop(limit: float, m: Measurement | None) -> float:
+    """What the drop that `m` is judged by should be at most, for this limit."""
+    return limit if m is not None and m.likely_drop is not None else HEADROOM * limit
+
+
+def within(budget: Budget, m: Measurement, *, headroom: bool = True) -> bool:
+    """True if `m` meets the limits as measured, and its likely drop, or where there is none its drop with headroom."""
+    aimed = budget
+    if budget.max_drop is not None and headroom:
+        aimed = replace(budget, max_drop=aimed_drop(budget.max_drop, m))
     return not budget.violations(m) and not aimed.violations(replace(m, drop=m.judged_drop))
 
 
@@ -249,7 +257,7 @@ def _next_cap(state: State, met: float, missed: float, cap: float) -> float:
     last = state.attempts[-1].measured if state.attempts else None
     if last is None or last.judged_drop is None or state.budget.max_drop is None:
         return cap * 3 if met > 0 else cap / 3
-    aim = state.budget.max_drop * HEADROOM
+    aim = aimed_drop(state.budget.max_drop, last)
     guess = aim / last.judged_drop if last.judged_drop > 0 else 4.0
     return cap * min(max(guess, 1.5), 4.0) if met > 0 else cap * max(min(guess * 0.9, 0.67), 0.1)
 

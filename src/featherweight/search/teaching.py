@@ -83,7 +83,7 @@ def teach(problem: Problem, known: Baseline, found: Found, learn: Teach) -> None
         f"candidate {chosen.index} was taught by the original for {format_duration(seconds)}: its {likely}drop went "
         f"from {format_drop(before, name)} to {format_drop(measured.judged_drop, name)} on validation data",
     )
-    if loop.within(problem.budget, measured, headroom=1.0) and _better(problem.budget, measured, found.best):
+    if loop.within(problem.budget, measured, headroom=False) and _better(problem.budget, measured, found.best):
         found.best, found.taught = attempt, (attempt, path)
 
 

@@ -176,7 +176,7 @@ class Wider:
         best = self.found.best
         if best is None or best.measured is None or best.measured.judged_drop is None or budget.max_drop is None:
             return known
-        room = loop.HEADROOM * budget.max_drop / max(best.measured.judged_drop, 1e-9)
+        room = loop.aimed_drop(budget.max_drop, best.measured) / max(best.measured.judged_drop, 1e-9)
         return max(known, best.plan.predicted.loss * min(max(room, 1.0), 4.0))
 
     def _one(self, budget: Budget, cap: float, *, enough: bool, candidates: int) -> Outcome:
