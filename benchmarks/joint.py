@@ -1,4 +1,4 @@
-"""The smallest file and the fastest model at a drop of one point: each technique alone, and all together.
+"""The smallest file and the fastest model at a drop of one point: each technique alone, two and all together.
 
 `python -m benchmarks.joint --data FOLDER [--tasks lite0,...] [--only "all size,..."] [--write]`. Rows that were
 measured before are kept; `--again` times their files once more, `--fresh` makes them again.
@@ -18,11 +18,12 @@ ALONE = {
     "channels": "channel_prune",
     "factors": structure.FACTORS,
     "sparse": "sparse",
+    "channels + int8": "channel_prune,static_int8,dynamic_int8",
 }
 
 
 def entries(task: Task) -> list[Entry]:
-    """For each goal one row a technique, then all; the drop is one point of top-1, or 0.01 of the correlation."""
+    """For each goal one row a technique, two that add up, then all; the drop is one point of top-1, or 0.01 of the correlation."""
     drop = "0.01" if task.kind == "pairs" else "1%"
     rows = []
     for goal in GOALS:
