@@ -134,7 +134,7 @@ def log_probabilities(rows: np.ndarray) -> np.ndarray:
 
 #: What the last reference answered, in the child, by (file, when it was written, metric, digest of the feeds).
 _ANSWERED: dict[tuple[object, ...], list[dict[str, np.ndarray]]] = {}
-MOST_KEPT = 256 << 20
+MOST_KEPT = 64 << 20
 
 
 def child_divergence(

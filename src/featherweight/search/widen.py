@@ -276,7 +276,7 @@ class Wider:
         problem.note(
             "structure",
             f"{len(made.decisions)} change(s) alone lose {format_drop(found, name)}, where {format_drop(most, name)} "
-            "is aimed at (likely drop, validation data): numbers were not searched there",
+            "is aimed at, judged on validation data: numbers were not searched there",
         )
         return "missed"
 
