@@ -86,8 +86,8 @@ def table(files: list[dict[str, list[int]]]) -> str:
             errors = [rows[(rows[:, 0] >= low) & (rows[:, 0] < high)][:, [0, column]] for low, high in BANDS]
             cells = " | ".join(f"{np.sqrt(np.square(e[:, 1] - e[:, 0]).mean()):.2f}" if len(e) else "-" for e in errors)
             bad, good = (rows[chosen][:, column] for chosen in (rows[:, 0] > TOO_MUCH, rows[:, 0] <= LITTLE))
-            shares = f"{(bad <= aim).mean() if len(bad) else 0:.1%} | {(good > aim).mean() if len(good) else 0:.1%}"
-            lines.append(f"| {n} | {name} | {cells} | {shares} |")
+            judged_so = f"{(bad <= aim).mean() if len(bad) else 0:.1%} | {(good > aim).mean() if len(good) else 0:.1%}"
+            lines.append(f"| {n} | {name} | {cells} | {judged_so} |")
     return "\n".join(lines) + "\n"
 
 

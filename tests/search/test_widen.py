@@ -85,7 +85,7 @@ def test_a_structure_that_lost_too_much_alone_is_not_searched_unless_it_may_be_t
 
 def test_a_structure_that_lost_too_much_is_told_of():
     assert alone(0.012)[1] == [
-        "structure: 1 change(s) alone lose 1.20 points, where 0.80 points is aimed at (likely drop, validation data): "
+        "structure: 1 change(s) alone lose 1.20 points, where 0.80 points is aimed at, judged on validation data: "
         "numbers were not searched there"
     ]
     assert alone(0.007)[1] == []
