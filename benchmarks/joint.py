@@ -23,7 +23,7 @@ ALONE = {
 
 
 def entries(task: Task) -> list[Entry]:
-    """For each goal one row a technique, one for two, one for all; the drop is a point of top-1, or 0.01 of Spearman."""
+    """For each goal one row a technique, one for two, one for all; a drop of a point of top-1, or .01 of Spearman."""
     drop = "0.01" if task.kind == "pairs" else "1%"
     rows = []
     for goal in GOALS:
