@@ -136,6 +136,7 @@ def _floors_text(raw: dict[str, Any]) -> str:
 PRINTED = {
     "statistics": "Memory of the calibration pass against the number of batches",
     "encodings": "What each way to store weights costs to load and run",
+    "effects": "How long it takes to estimate every decision",
 }
 
 
