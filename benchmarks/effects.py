@@ -22,7 +22,7 @@ from benchmarks.tasks import TASKS, Task
 from featherweight.core import Silent
 from featherweight.graph.weights import weights
 from featherweight.runtime.sandbox import Worker
-from featherweight.search import joint, options, prepare, problem, widen
+from featherweight.search import joint, options, prepare, problem, space
 from featherweight.search.request import Request
 
 T = TypeVar("T")
@@ -61,14 +61,14 @@ def measure(task: Task, data: Path, *, thorough: bool) -> None:
             lambda: options.structure_options(opened.model, techniques, ctx, gains, opened.progress)
         )
         table = ground.effects.table
-        space, chains_s = timed(lambda: widen.decision_space(opened, ground, table, shape, gains))
+        decided, chains_s = timed(lambda: space.decision_space(opened, ground, table, shape, gains))
         processor = time.process_time() - processor
-        plan, solve_s = timed(lambda: joint.propose(space, {"loss": 0.05}, {"size_bytes": 1e-6, "latency_ms": 0.1}))
+        plan, solve_s = timed(lambda: joint.propose(decided, {"loss": 0.05}, {"size_bytes": 1e-6, "latency_ms": 0.1}))
         opened.journal.close()
     numeric = sum(map(len, table.values()))
     chains = sum(len(factors) * len(table.get(name, [0])) for name, factors in shape.factors.items())
     widths = sum(map(len, shape.groups.values()))
-    useful = sum(map(len, space.weights.values()))
+    useful = sum(map(len, decided.weights.values()))
     print(f"{task.title}: {len(table)} weights, {len(shape.groups)} groups of channels (statistics {reading:.1f} s)")
     print(f"  {numeric:6d} numeric decisions      {numeric_s:6.1f} s")
     print(f"  {widths:6d} widths of groups, {sum(map(len, shape.factors.values()))} factors {structure_s:6.1f} s")

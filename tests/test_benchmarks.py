@@ -14,7 +14,7 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import evaluate, floors, joint, ocr, process, results, speech, structure, svd_peer, tasks
+from benchmarks import evaluate, floors, joint, likely, ocr, process, results, speech, structure, svd_peer, tasks
 
 IMAGES, _, PAIRS = tasks.TASKS
 LINES, _ = tasks.MORE_TASKS
@@ -214,3 +214,15 @@ def test_a_table_shows_the_share_of_macs_if_counted() -> None:
     lines = results.table(IMAGES, raw).splitlines()
     assert [line.count("|") for line in lines] == [10] * 5
     assert lines[3].startswith("| x | 0.00 | 70% | 0.8000 |")
+
+
+def test_the_table_of_likely_drops_tells_good_files_from_bad_ones() -> None:
+    same = {"before": [1] * 500, "after": [1] * 500, "changed": [0] * 500}
+    bad = {"before": [1] * 500, "after": [1] * 400 + [0] * 100, "changed": [0] * 400 + [1] * 100}
+    page = likely.table([same, bad])
+    assert "| 0 to 3 | 0 | 0.00 to 0.00 |" in page  # nothing changed, so there is no share
+    assert "| 8 to 100 | 1 | 1.00 to 1.00 |" in page  # every changed answer was lost
+    rows = [line for line in page.splitlines() if line.startswith(("| 60 |", "| 150 |", "| 400 |"))]
+    assert len(rows) == 6
+    assert all(row.endswith("| 0.0% | 0.0% |") for row in rows)  # a fifth lost never passes, nothing lost always does
+    assert all(row.split(" | ")[2] == "0.00" for row in rows)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from featherweight.core import Attempt, Budget, Decision, Effect, Plan, Site
+from featherweight.core import Attempt, Budget, Decision, Effect, Plan
 from featherweight.errors import RunError, TechniqueError
 from featherweight.graph import cost, io
 from featherweight.graph.weights import weights
@@ -23,15 +23,16 @@ from featherweight.quantities import format_drop
 from featherweight.runtime.metrics import Metric
 from featherweight.search import bounds, curves, joint, loop, stage
 from featherweight.search.baseline import Baseline, base
-from featherweight.search.effects import SiteFacts, modelled_latency_ms
+from featherweight.search.effects import modelled_latency_ms
 from featherweight.search.joint import Chosen
 from featherweight.search.measured import announce, drop_of, measure_plan
-from featherweight.search.options import Structure, structure_options, weight_options
+from featherweight.search.options import Structure, structure_options
 from featherweight.search.passes import Found, first_cap, searched, take, usable_table
-from featherweight.search.prepare import Ground, probed_gains, site_facts, staged, survey
+from featherweight.search.prepare import Ground, probed_gains, staged, survey
 from featherweight.search.probe import child_divergence
 from featherweight.search.problem import Problem, first_feeds
 from featherweight.search.solve import Choice, Dimension
+from featherweight.search.space import decision_space
 from featherweight.search.stage import Staged
 from featherweight.search.teaching import teachable
 from featherweight.techniques import Context
@@ -267,7 +268,7 @@ class Wider:
         except RunError as e:
             problem.note("structure", f"a structure of {len(made.decisions)} changes could not be run: {e}")
             return "missed"
-        most = loop.HEADROOM * budget.max_drop
+        most = loop.HEADROOM * budget.max_drop  # the rest is for the numbers
         if problem.request.recover == "distill":  # what misses by little may be taught
             most = teachable(budget.max_drop)
         if found is None or found <= most:
@@ -347,34 +348,6 @@ class Wider:
         except TechniqueError:
             return None
         return bounds.floor_of(model, problem.shapes(), narrow)
-
-
-def decision_space(
-    problem: Problem,
-    ground: Ground,
-    table: Mapping[str, Sequence[Choice]],
-    structure: Structure,
-    gains: Mapping[str, float],
-) -> joint.Joint:
-    """All decisions of the program: at each weight keep, numbers, factors and chains of both; at each group a width."""
-    by_name = {w.name: w for w in weights(problem.model)}
-    # Weights that no numeric technique offers anything for still shrink with their channels.
-    plain = {
-        w.name: Site(w.name, "weight", (w.name,), tuple(u.path for u in w.uses), w.size_bytes) for w in by_name.values()
-    }
-    shrinking = [t for name in structure.groups for t in structure.sites[name].tensors if t in plain]
-    sites = {**plain, **structure.sites, **ground.sites}
-    facts = site_facts(problem, sites, by_name, gains)
-    options = {
-        name: weight_options(
-            sites[name], facts[name], table.get(name, ()), structure.factors.get(name, ()), by_name.get(name)
-        )
-        for name in dict.fromkeys([*table, *structure.factors, *shrinking])
-    }
-    for name in structure.groups:
-        held = sum(sites[t].size_bytes for t in sites[name].tensors if t in options)
-        facts[name] = SiteFacts(0.0, max(sites[name].size_bytes - held, 0))
-    return joint.Joint(sites, facts, options, structure.groups)
 
 
 def _shifted(attempt: Attempt, offset: Effect) -> Attempt:
