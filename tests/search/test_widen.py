@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from featherweight.core import Budget
+from featherweight.core import Attempt, Budget, Measurement, Plan
 from featherweight.errors import RunError
 from featherweight.search import widen
+from featherweight.search.loop import Base
+from featherweight.search.passes import Found
 from featherweight.search.widen import Wider
 
 
@@ -89,6 +91,30 @@ def test_a_structure_that_lost_too_much_is_told_of():
         "numbers were not searched there"
     ]
     assert alone(0.007)[1] == []
+
+
+@pytest.mark.parametrize(("attempts", "told"), [(3, "of numbers"), (2, "of this structure")])
+def test_that_the_candidates_of_one_structure_are_used_up_is_no_end_of_the_search(attempts, told, monkeypatch):
+    best = Attempt(1, Plan(()), Measurement(size_bytes=1))
+    found: Any = Found(SimpleNamespace(ctx=None, sites={}), best=None, stop_reason="of numbers")
+
+    def searched(state, *_, **__):
+        state.attempts, state.best = [best] * attempts, best
+        state.stop_reason = "of this structure"
+        return state
+
+    monkeypatch.setattr(widen, "searched", searched)
+    monkeypatch.setattr(widen, "usable_table", lambda *_: {})
+    wider = Asking(1.0, 0.0)
+    base = Base(size_bytes=1, latency_ms=1.0, peak_bytes=1)
+    problem = SimpleNamespace(request=SimpleNamespace(max_candidates=40), budget=Budget(), out_of_time=lambda: False)
+    vars(wider).update(problem=problem, base=base, known=None, found=found, keep_all=True)
+    trial: Any = SimpleNamespace(
+        problem=problem, base=base, noise=0.0, ground=SimpleNamespace(ctx=None),
+        staged=SimpleNamespace(key="k", decisions=(), left={}),
+    )  # fmt: skip
+    assert wider._numbers(trial, Budget(), 1.0, enough=False, candidates=3)
+    assert (found.best, found.stop_reason) == (best, told)
 
 
 def test_without_a_limit_on_the_drop_the_noise_decides():

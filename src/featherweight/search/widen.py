@@ -324,7 +324,9 @@ class Wider:
         inner = min(max(cap - trial.noise, 0.15 * cap), 25.0)
         take(found, searched(state, found, cap=inner, enough=enough))
         found.correction, found.met_cap = correction, met_cap  # those are of the model with its structure whole
-        found.stop_reason = found.stop_reason if found.best is not before else reason or found.stop_reason
+        # That its few candidates are used up says nothing of the whole search.
+        telling = found.best is not before and len(state.attempts) < state.max_candidates
+        found.stop_reason = found.stop_reason if telling else reason or found.stop_reason
         wanted = found.best or loop.nearest(self.problem.budget, found.attempts)
         if self.keep_all or wanted in state.attempts:
             found.grounds[made.key] = trial.ground
