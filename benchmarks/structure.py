@@ -37,10 +37,15 @@ class Entry:
 
 
 def entries(task: Task) -> list[Entry]:
-    """The rows of a network: channels alone, all structure techniques, plain SVD, Torch-Pruning as is and normed."""
+    """The rows of a network: with fewer pixels, channels alone, channels and factors, plain SVD, Torch-Pruning as is and
+    normed."""
     rows = []
     for gone in PERCENT_GONE:
         asked = ("--max-macs", f"{100 - gone}%", "--techniques")
+        if task.kind == "images":
+            rows.append(
+                Entry(f"featherweight resolution + channels {gone}", (*asked, "input_resolution,channel_prune"))
+            )
         rows += [
             Entry(f"featherweight channels {gone}", (*asked, "channel_prune")),
             Entry(f"featherweight {gone}", (*asked, f"channel_prune,{FACTORS}")),

@@ -199,3 +199,30 @@ def test_a_stopped_run_finds_its_structures_again(fakes, model, data, tmp_path, 
     assert facts["result"]["macs"] == report.result.macs
     tried = {json.dumps([str(d) for d in a.plan.decisions if "channels" in d.site]) for a in report.attempts}
     assert len(made) - first < max(len(tried), 1) + 1
+
+
+def test_fewer_pixels_alone_meet_a_limit_and_replay(model, data, tmp_path):
+    out = tmp_path / "run"
+    report = fw.compress(
+        model, data, max_macs="60%", techniques=("input_resolution", "static_int8"), out=out, max_candidates=6
+    )
+    assert report.ok
+    assert macs_of(out / "model.onnx") <= 0.6 * macs_of(model)
+    (resize,) = [n for n in onnx.load(out / "model.onnx").graph.node if n.op_type == "Resize"]
+    assert resize.name.startswith("x.smaller")
+    used = {a.technique for d in report.plan.decisions for a in d.actions}
+    assert "input_resolution" in used
+    assert "resolution of x: input_resolution columns" in render(report)
+    again = fw.apply(model, out, out=tmp_path / "again.onnx")
+    assert digest(again) == digest(out / "model.onnx")
+
+
+def test_fewer_pixels_and_fewer_channels_go_together(model, data, tmp_path):
+    report = fw.compress(
+        model, data, max_macs="3%", techniques=("input_resolution", "channel_prune"), out=tmp_path / "run",
+        max_candidates=6,
+    )  # fmt: skip
+    assert report.ok
+    assert report.result.macs <= 0.03 * macs_of(model)
+    used = {a.technique for d in report.plan.decisions for a in d.actions}
+    assert used == {"input_resolution", "channel_prune"}

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from featherweight.core import Decision
-from featherweight.search.curves import in_one_unit, on_curve
+from featherweight.core import Action, Decision
+from featherweight.search.curves import in_one_unit, on_curve, that_ran
 from featherweight.search.options import GroupOption
 from featherweight.search.probe import divergence
 
@@ -61,3 +61,12 @@ def test_divergence_of_logits_and_of_probabilities_agree():
 def test_outputs_without_classes_have_no_divergence():
     assert divergence({"y": np.ones(3)}, {"y": np.ones(3)}) is None
     assert math.isfinite(divergence({"y": np.ones((1, 2))}, {"y": np.zeros((1, 2))}) or 0.0)
+
+
+def test_of_a_change_to_the_whole_model_only_what_ran_is_left():
+    kept, small, smaller = (
+        GroupOption(Decision("view", actions), 1.0, work, 1 - work, work)
+        for work, actions in ((1.0, ()), (0.5, (Action.of("smaller", by=2),)), (0.25, (Action.of("smaller", by=4),)))
+    )
+    assert that_ran([kept, small, smaller], [[0.5, 0.1, None]]) == [kept, small]
+    assert that_ran([kept, small, smaller], []) == [kept]

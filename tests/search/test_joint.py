@@ -7,8 +7,9 @@ import itertools
 import pytest
 
 from featherweight.core import Action, Decision, Effect, Site
+from featherweight.search import joint as program
 from featherweight.search.effects import SiteFacts
-from featherweight.search.joint import Joint, judged, propose
+from featherweight.search.joint import Joint, fixed, judged, propose
 from featherweight.search.options import NODE_MS, GroupOption, Option, undominated, weight_options
 from featherweight.search.solve import Choice
 from featherweight.techniques import Estimate
@@ -115,3 +116,41 @@ def test_a_width_off_the_kernels_multiple_costs_time_but_no_work():
     assert light is not None
     assert fast.groups["g"].decision != odd.decision
     assert light.groups["g"].decision == odd.decision
+
+
+def seen_smaller() -> Joint:
+    """The same, and a decision about the whole model: 9/16 or 1/4 of the places, at a loss."""
+    joint = example()
+    view = Site("view", "model", (), ("a.node", "b.node", "c.node"), 0)
+    options = [
+        GroupOption(
+            Decision("view", () if share == 1 else (Action.of("smaller", share=share),)), 1.0, share, loss, share
+        )
+        for share, loss in ((1, 0.0), (9 / 16, 0.05), (1 / 4, 0.2))
+    ]
+    sites, facts = {**joint.sites, "view": view}, {**joint.facts, "view": SiteFacts(0.0, 0)}
+    return Joint(sites, facts, joint.weights, {**joint.groups, "view": options})
+
+
+@pytest.mark.parametrize("least", [-500_000, -1_200_000, -1_700_000, -2_400_000, -2_500_000])
+def test_a_decision_about_the_whole_model_is_as_good_as_the_best_of_all_products(least):
+    joint = seen_smaller()
+    found = propose(joint, {"macs": least}, {"loss": 1.0})
+    whole = {n: o[0] for n, o in joint.weights.items()}
+    possible = [judged(joint, whole, {"g": g, "view": v}) for g in joint.groups["g"] for v in joint.groups["view"]]
+    best = min(c.effect.loss for c in possible if c.effect.macs <= least)
+    assert found is not None
+    assert found.effect.macs <= least
+    assert found.effect.loss == pytest.approx(best)
+
+
+def test_what_is_fixed_stays_and_what_alone_costs_too_much_is_not_tried(monkeypatch):
+    joint = seen_smaller()
+    keep = joint.groups["view"][0]
+    assert propose(fixed(joint, [keep]), {"macs": -1_700_000}, {"loss": 1.0}) is None
+    tried = []
+    monkeypatch.setattr(program, "_settled", lambda space, *_: tried.append(space.groups["view"][0].work))
+    propose(joint, {"loss": 0.1}, {"latency_ms": 1.0})
+    assert tried == [1, 9 / 16]
+    propose(joint, {"loss": 0.1}, {"latency_ms": 1.0}, scale=3.0)
+    assert tried == [1, 9 / 16, 1]

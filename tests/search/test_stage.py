@@ -10,7 +10,7 @@ import pytest
 
 from featherweight.core import Action, Decision, Plan, Profile
 from featherweight.errors import PlanError
-from featherweight.graph import io
+from featherweight.graph import cost, io
 from featherweight.graph.normalise import normalise
 from featherweight.graph.weights import weights
 from featherweight.search import stage
@@ -21,6 +21,7 @@ from search.fake_techniques import with_fakes
 
 HERE = Profile("test", "", 1, 0, int8_dot=True)
 PRUNE = Decision("channels of stem", (Action.of("front_channels", keep=16),))
+SMALLER = Decision("resolution of x", (Action.of("input_resolution", rows=6, columns=6),))
 FACTOR = Decision("w3", (Action.of("plain_svd", rank=8),))
 EIGHT = Action.of("weight_nbit", bits=8, block=0)
 
@@ -121,3 +122,35 @@ def test_the_fake_factors_multiply_to_the_best_of_their_rank(model, tmp_path):
     product = parts["w3/second"].reshape(32, 8) @ parts["w3/first"].reshape(8, -1)
     s = np.linalg.svd(whole, compute_uv=False)
     assert np.square(product - whole).sum() == pytest.approx(np.square(s[8:]).sum(), rel=1e-4)
+
+
+def test_the_whole_model_first_and_its_answers_are_those_to_come_near_to(model):
+    steps = []
+
+    class Steps(Said):
+        def recover(self, original: ir.Model, reduced: ir.Model) -> ir.Model:
+            steps.append(("recover", "Resize" in kinds(original), "Resize" in kinds(reduced), shape_of(reduced)))
+            return reduced
+
+        def statistics(self, model: ir.Model) -> None:
+            steps.append(("statistics", "Resize" in kinds(model), shape_of(model)))
+
+    ctx = Context(HERE, input_shapes={"x": (1, 3, 12, 12)})
+    made, left, _ = stage.run_stage(model, [FACTOR, SMALLER, PRUNE], ctx, with_fakes(), Steps())
+    assert steps == [
+        ("statistics", True, (32, 32, 3, 3)),
+        ("recover", True, True, (32, 16, 3, 3)), ("statistics", True, (32, 16, 3, 3)),
+        ("recover", True, True, (8, 16, 3, 3)), ("statistics", True, (8, 16, 3, 3)),
+    ]  # fmt: skip
+    assert "Resize" not in kinds(model)
+    assert left == {"w3": ("w3/first", "w3/second")}
+    counted = stage.cut_only(model, [SMALLER, PRUNE, FACTOR], ctx, with_fakes())
+    shapes = {"input_shapes": ctx.input_shapes}
+    assert cost.costs(counted, **shapes).macs == cost.costs(made, **shapes).macs
+    whole = cost.costs(model, **shapes).macs
+    alone = cost.costs(stage.cut_only(model, [SMALLER], ctx, with_fakes()), **shapes).macs
+    assert alone == pytest.approx(whole * 0.25, rel=0.01)
+
+
+def kinds(model: ir.Model) -> list[str]:
+    return [n.op_type for n in model.graph]

@@ -28,6 +28,7 @@ def render(report: Report, *, title: str = "") -> str:
             _section("Size against drop", _trade_off(report)),
             _section("Front", _attempts(report, report.front, techniques=True)),
             _section("Bytes per layer", _layers(layers)),
+            _section("The whole model", _whole(layer_rows.read_whole(report.layers))),
             _section("Channels removed", _groups(layer_rows.read_groups(report.layers))),
             _section("Left alone, and notes", _notes(report)),
             _section("Attempts", _attempts(report, report.attempts)),
@@ -134,6 +135,10 @@ def _layers(layers: Sequence[layer_rows.Layer]) -> str:
     left = len(layers) - len(bars)
     rest = f"<p class='dim'>and {left} smaller layers</p>" if left else ""
     return f"<p>{sums}</p>{decisions}{legend}{svg.layer_bars(bars)}{rest}"
+
+
+def _whole(changes: Sequence[tuple[str, str]]) -> str:
+    return _table(("of", "decision"), changes, numeric=set()) if changes else ""
 
 
 def _groups(groups: Sequence[layer_rows.Group]) -> str:

@@ -46,7 +46,7 @@ def read_layers(raw: Sequence[Mapping[str, Any]]) -> list[Layer]:
             macs_after=None if item.get("macs_after") is None else int(item["macs_after"]),
         )
         for item in raw
-        if item.get("kind") != "channels"
+        if item.get("kind") not in ("channels", "model")
     ]
 
 
@@ -57,6 +57,15 @@ class Group:
     name: str
     channels: int
     after: int
+
+
+def read_whole(raw: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """What of Report.layers was decided about the whole model: (what it is about, the decision in words)."""
+    return [
+        (str(item.get("layer", "")), decision_words(str(item.get("decision", ""))))
+        for item in raw
+        if item.get("kind") == "model"
+    ]
 
 
 def read_groups(raw: Sequence[Mapping[str, Any]]) -> list[Group]:

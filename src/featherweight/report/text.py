@@ -111,16 +111,21 @@ def layer_parts(report: Report, *, everything: bool) -> list[RenderableType]:
 
 
 def group_parts(report: Report, *, everything: bool) -> list[RenderableType]:
-    """Channels that were removed, by group; nothing if none were."""
+    """What was changed in the whole model, and channels that were removed, by group; nothing if none were."""
+    whole = layer_rows.read_whole(report.layers)
+    parts: list[RenderableType] = []
+    if whole:
+        parts = [heading("The whole model"), *lines([f"{what}: {decision}" for what, decision in whole])]
     groups = layer_rows.read_groups(report.layers)
     if not groups:
-        return []
+        return parts
     shown = groups if everything else groups[:MOST_GROUPS]
     rest = "" if len(shown) == len(groups) else f", the first {len(shown)}; --all-layers for all"
     made = Grid([Column("channels of", cut="middle", least=28), Column("before", "right"), Column("after", "right")])
     for group in shown:
         made.add(group.name.removeprefix("channels of "), str(group.channels), str(group.after))
-    return [heading("Channels removed", f"in {len(groups)} groups that go together{rest}"), indented(made)]
+    detail = f"in {len(groups)} group{'s' if len(groups) > 1 else ''} that go together{rest}"
+    return [*parts, heading("Channels removed", detail), indented(made)]
 
 
 def decision_table(groups: Sequence[layer_rows.Layer]) -> Grid:

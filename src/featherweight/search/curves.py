@@ -2,7 +2,8 @@
 
 The closed-form error of the layers that read a group says in which order its channels go and how the error grows, but
 not how much of it reaches the outputs: behind a skip connection nearly nothing does, in a trunk all of it and more.
-So each group is cut alone at a few widths and run. Between these the loss follows the closed-form noise on a straight
+So each group is cut alone at a few widths and run; what changes the whole model is run in
+each of its options. Between these the loss follows the closed-form noise on a straight
 line in logarithms; beyond them on its slope, held between 1 (errors add) and 2 (they also meet each other).
 
 Where the outputs are class scores the runs are compared by the divergence of their probabilities, as noise on
@@ -44,12 +45,20 @@ def measured(problem: Problem, structure: Structure, ctx: Context, metric: Metri
     `metric`: how the model is judged; where classes decide, their probabilities are compared.
     """
     classes = metric.name in CLASS_METRICS
-    wanted = {name: _picked(options) for name, options in structure.groups.items() if len(options) > 1}
+    whole = {name for name in structure.groups if structure.sites[name].kind == "model"}
+    wanted = {
+        name: [o for o in options if o.loss > 0] if name in whole else _picked(options)
+        for name, options in structure.groups.items()
+        if len(options) > 1
+    }
     found: dict[str, list[list[float | None]]] = problem.journal.phase(
         "losses of groups", lambda: _runs(problem, structure, wanted, ctx, metric)
     )
     points = in_one_unit(found, classes=classes)
-    groups = {name: on_curve(options, points.get(name, ())) for name, options in structure.groups.items()}
+    groups = {
+        name: on_curve(that_ran(options, found.get(name, ())) if name in whole else options, points.get(name, ()))
+        for name, options in structure.groups.items()
+    }
     return dataclasses.replace(structure, groups=groups)
 
 
@@ -91,6 +100,12 @@ def on_curve(options: Sequence[GroupOption], points: Sequence[Point]) -> list[Gr
         return math.exp(float(np.interp(x, xs, ys)))
 
     return [dataclasses.replace(o, loss=loss(o.loss)) for o in options]
+
+
+def that_ran(options: Sequence[GroupOption], runs: Sequence[Sequence[float | None]]) -> list[GroupOption]:
+    """Options of a change to the whole model that was really made and run, and to keep it."""
+    known = {predicted for predicted, *_ in runs}
+    return [o for o in options if o.decision.keeps or o.loss in known]
 
 
 def _picked(options: Sequence[GroupOption]) -> list[GroupOption]:

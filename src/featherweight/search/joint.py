@@ -1,15 +1,18 @@
 """One program over structure and numbers: groups of channels and weights decided together.
 
 What a group and a weight decide multiplies (a weight that shrinks has fewer bytes to save by rounding), and a linear
-program adds. So it is solved in rounds: with the shares that the groups of the last round leave of each weight, and
-with what the weights of the last round cost inside each group, until nothing changes. At a settled point the sum is
+program adds. What is decided about the whole model (how many pixels it looks at) has few options, and each is tried.
+The rest is solved in rounds: with the shares that the groups of the last round leave of each weight, and with what the
+weights of the last round cost inside each group, until nothing changes. At a settled point the sum is
 the product; of all rounds the best by the product counts.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from featherweight.core import Decision, Effect, Site, total
@@ -32,6 +35,11 @@ class Joint:
     groups: Mapping[str, list[GroupOption]]
     sized_by: dict[str, tuple[str, ...]] = field(default_factory=dict)
     worked_by: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """The groups that are decisions about the whole model."""
+        return tuple(g for g in self.groups if self.sites[g].kind == "model")
 
     def __post_init__(self) -> None:
         for name in self.weights:
@@ -72,6 +80,28 @@ def propose(
 
     `scale`: what a unit of predicted structural loss was measured to be. `start`: decisions of an earlier plan.
     """
+    best: Chosen | None = None
+    allowed = caps.get("loss", math.inf)
+    for options in itertools.product(*(joint.groups[name] for name in joint.whole)):
+        if scale * sum(o.loss for o in options) <= allowed:
+            found = _settled(fixed(joint, options), caps, weights, scale, start)
+            best = best if found is None else _better(best, found, caps, weights)
+    return best
+
+
+def fixed(joint: Joint, options: Iterable[GroupOption]) -> Joint:
+    """The space with nothing left to decide at the groups of these options."""
+    return dataclasses.replace(joint, groups={**joint.groups, **{o.decision.site: [o] for o in options}})
+
+
+def _settled(
+    joint: Joint,
+    caps: Mapping[Dimension, float],
+    weights: Mapping[Dimension, float],
+    scale: float,
+    start: Mapping[str, Decision] | None,
+) -> Chosen | None:
+    """The best of the rounds from one starting point."""
     picked = {name: _starting(options, start) for name, options in joint.weights.items()}
     shrunk = {name: options[0] for name, options in joint.groups.items()}
     best: Chosen | None = None

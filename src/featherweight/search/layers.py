@@ -20,10 +20,10 @@ from featherweight.techniques import _units
 
 
 def rows(problem: Problem, plan: Plan, found: Found | None) -> tuple[dict[str, Any], ...]:
-    """One row a weight, then one a group of channels that was narrowed.
+    """One row a weight, then one for each change to the whole model and each group of channels that was narrowed.
 
     A weight: node, operator, shape, decision, bytes before and after, MACs before and after, integer or not, why kept.
-    A group: its name, channels before and after.
+    A change to the whole model: its name and decision. A group: its name, channels before and after.
     """
     if found is None:
         return ()
@@ -82,7 +82,9 @@ def _bytes_after(ground: Ground, name: str, decision: Decision | None) -> int:
 
 
 def _group_rows(problem: Problem, made: Staged) -> list[dict[str, Any]]:
-    """Channels before and after of each group, by the axis of its first tensor that shrank."""
+    """What was decided about the whole model; channels before and after of each group, by the axis of its first tensor
+    that shrank.
+    """
     stored = {w.name for w in weights(problem.model)}
     structural = problem.of_stage(structure=True)
     used = {a.technique for d in made.decisions if d.site not in stored for a in d.actions}
@@ -91,6 +93,10 @@ def _group_rows(problem: Problem, made: Staged) -> list[dict[str, Any]]:
     for decision in made.decisions:
         if decision.site not in sites:
             continue
+        row = {"layer": decision.site, "kind": "model", "decision": str(decision)}
+        if sites[decision.site].kind == "model":
+            rows.append(row)
+            continue
         for tensor in sites[decision.site].tensors:
             pairs = zip(_shape(problem.model, tensor), _shape(made.model, tensor), strict=False)
             shrunk = [(before, after) for before, after in pairs if before != after]
@@ -98,8 +104,7 @@ def _group_rows(problem: Problem, made: Staged) -> list[dict[str, Any]]:
                 break
         else:
             shrunk = [(0, 0)]
-        row = {"layer": decision.site, "kind": "channels", "decision": str(decision)}
-        rows.append({**row, "channels": shrunk[0][0], "channels_after": shrunk[0][1]})
+        rows.append({**row, "kind": "channels", "channels": shrunk[0][0], "channels_after": shrunk[0][1]})
     return rows
 
 

@@ -54,7 +54,9 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class GroupOption:
-    """One decision at a group of channels: shares of bytes, work and time that are left, and the loss."""
+    """One decision at a group of channels, or about the whole model: shares of bytes, work and time that are left, and
+    the loss.
+    """
 
     decision: Decision
     size: float
@@ -100,12 +102,12 @@ def structure_options(
     progress.start("estimating structure", len(listed))
     for technique, site in listed:
         progress.advance()
-        if ctx.keep_float.intersection(site.nodes):
+        if site.kind != "model" and ctx.keep_float.intersection(site.nodes):
             ctx.note(site.name, "its structure stays: you asked to keep it as it is")
             continue
         sites.setdefault(site.name, site)
         found = list(_estimated(model, technique, site, ctx))
-        if site.kind == "channel_group":
+        if site.kind in ("channel_group", "model"):
             options = groups.setdefault(site.name, [GroupOption(Decision(site.name), 1.0, 1.0, 0.0, 1.0)])
             for d, e in found:
                 slower = slowed(technique, model, site, d, ctx, multiple)
@@ -133,7 +135,8 @@ def _group_option(
 ) -> GroupOption:
     usual = float(np.median(list(gains.values()))) if gains else 1.0
     loss = sum(max(noise, 0.0) * gains.get(name, usual) for name, noise in e.at) if e.at else max(e.noise, 0.0) * usual
-    return GroupOption(decision, e.size_bytes / max(site.size_bytes, 1), e.work, loss, e.work * slower)
+    size = e.size_bytes / site.size_bytes if site.size_bytes else 1.0  # what has no weights leaves those of others
+    return GroupOption(decision, size, e.work, loss, e.work * slower)
 
 
 def slowed(technique: Technique, model: ir.Model, site: Site, decision: Decision, ctx: Context, multiple: int) -> float:

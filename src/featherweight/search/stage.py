@@ -1,6 +1,8 @@
 """The structure stage of a plan: channels removed, layers taken apart, weights solved anew, statistics read again.
 
-Its order: all groups of channels at once, recover, statistics; then what replaces single layers, recover, statistics.
+Its order: what changes the whole model, statistics; then all groups of channels at once, recover, statistics; then what
+replaces single layers, recover, statistics. Weights are solved anew against the answers of the model as the first step
+left it: before that step its values had other shapes.
 The result is a float model on which the numeric part of the plan goes on. It is dear (passes over the data), so it is
 kept by the structure part of the plan: a search tries many numeric plans on one structure.
 """
@@ -17,7 +19,7 @@ from typing import Protocol
 
 import onnx_ir as ir
 
-from featherweight.core import Action, Decision, Plan, Site
+from featherweight.core import Action, Decision, Plan, Site, SiteKind
 from featherweight.errors import ModelError, PlanError
 from featherweight.graph import io, surgery
 from featherweight.graph.weights import weights
@@ -29,6 +31,8 @@ LEFT = "featherweight.structure"
 #: Name of its file, in the work folder and in the run folder.
 FILE = "structure.onnx"
 Left = Mapping[str, tuple[str, ...]]
+#: What sites are about, in the order in which they are changed.
+STEPS: tuple[SiteKind, ...] = ("model", "channel_group", "weight")
 
 
 @dataclass(frozen=True)
@@ -118,16 +122,16 @@ def run_stage(
     Returns the float model, what is left of each site that was taken apart, and the statistics of that model. Raises
     PlanError if a decision is about a place the model does not have, TechniqueError if one is not legal.
     """
-    result, stats = surgery.copy_model(model), ctx.stats
+    original, result, stats = model, surgery.copy_model(model), ctx.stats
     left: dict[str, tuple[str, ...]] = {}
-    known = {w.name for w in weights(model)}
-    for single in (False, True):
-        part = [d for d in decisions if (d.site in known) == single]
+    for step, part in zip(STEPS, _steps(model, decisions, techniques), strict=True):
         if not part:
             continue
-        now = dataclasses.replace(ctx, stats=stats, cache=ctx.cache if result is model else {})
-        left.update(_apply(result, part, now, techniques))
-        result = between.recover(model, result)
+        left.update(_apply(result, part, dataclasses.replace(ctx, stats=stats, cache={}), techniques))
+        if step == "model":
+            original = surgery.copy_model(result)
+        else:
+            result = between.recover(original, result)
         stats = between.statistics(result)
     changed = {site: names for site, names in left.items() if names != (site,)}
     result.metadata_props[LEFT] = json.dumps(changed, sort_keys=True)
@@ -139,9 +143,23 @@ def cut_only(
 ) -> ir.Model:
     """A copy of the model with these decisions carried out and nothing after: for counting. Raises TechniqueError."""
     result = surgery.copy_model(model)
-    if decisions:
-        _apply(result, decisions, ctx, techniques)
+    whole, *rest = _steps(model, decisions, techniques)
+    # The whole comes last: what `ctx` keeps of the groups is numbered as the model was.
+    for some in ([d for part in rest for d in part], whole):
+        if some:
+            _apply(result, some, ctx, techniques)
     return result
+
+
+def _steps(
+    model: ir.Model, decisions: Sequence[Decision], techniques: Mapping[str, Technique]
+) -> tuple[list[Decision], ...]:
+    """The decisions of each step of the stage. A place that the model does not have counts as a group of channels."""
+    known = {w.name for w in weights(model)}
+    used = {a.technique for d in decisions if d.site not in known for a in d.actions}
+    kinds = {s.name: s.kind for name in used if name in techniques for s in techniques[name].sites(model)}
+    kinds.update(dict.fromkeys(known, "weight"))
+    return tuple([d for d in decisions if kinds.get(d.site, "channel_group") == step] for step in STEPS)
 
 
 def _apply(

@@ -228,11 +228,12 @@ class Wider:
 
         What groups save together is a product, which the program adds up: so the limit is tightened by what was over.
         """
-        weights = loop.objective_weights(budget.minimize, self.base)
+        weights, space = loop.objective_weights(budget.minimize, self.base), self.joint
         for _ in range(MOST_CORRECTIONS):
-            chosen = joint.propose(self.joint, caps, weights, scale=self.scale, start=start)
+            chosen = joint.propose(space, caps, weights, scale=self.scale, start=start)
             if chosen is None or budget.max_macs is None:
                 return chosen
+            space = joint.fixed(space, [chosen.groups[name] for name in space.whole])  # corrections are small
             decisions = stage.structure_part(Plan(chosen.decisions), self.problem.techniques)
             try:
                 techniques = self.problem.of_stage(structure=True)
@@ -341,7 +342,7 @@ class Wider:
     def _floor(self) -> bounds.Floor | None:
         """The model with every group at its narrowest; None if they cannot all be cut."""
         problem = self.problem
-        narrow = [min(g, key=lambda o: o.size).decision for g in self.estimated.groups.values() if len(g) > 1]
+        narrow = [min(g, key=lambda o: (o.size, o.work)).decision for g in self.estimated.groups.values() if len(g) > 1]
         try:
             model = stage.cut_only(
                 problem.model, narrow, self._ctx(),
