@@ -37,8 +37,7 @@ class Entry:
 
 
 def entries(task: Task) -> list[Entry]:
-    """The rows of a network: with fewer pixels, channels alone, channels and factors, plain SVD, Torch-Pruning as is and
-    normed."""
+    """The rows of a network: fewer pixels and channels, channels alone, all that takes layers apart, and the peers."""
     rows = []
     for gone in PERCENT_GONE:
         asked = ("--max-macs", f"{100 - gone}%", "--techniques")

@@ -17,6 +17,7 @@ from featherweight.runtime.significance import (
     agresti_min,
     drop_interval,
     likely,
+    likely_correlation,
     mcnemar,
     samples_needed,
     wilson,
@@ -198,3 +199,48 @@ def test_with_many_samples_the_likely_drop_is_the_measured_one():
 
 def test_as_many_answers_changed_as_scores():
     assert likely(scored(100, 50, 0), 0.0) == likely(scored(100, 50, 0), 0.5) > 0.3
+
+
+def correlated(n: int, noise: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gold scores, an original's scores, and those with noise of so much of their spread."""
+    rng = np.random.default_rng(seed)
+    gold = rng.normal(size=n)
+    before = gold + rng.normal(size=n) * 0.6
+    return gold, before, before + rng.normal(size=n) * noise * before.std()
+
+
+def test_the_likely_drop_of_a_correlation_weighs_both_by_hand():
+    drop = Drop(0.01, Interval(-0.0096, 0.0296, 0.95), "bootstrap", n_samples=300)  # a standard error of .01
+    before = np.arange(5.0)
+    after = np.array([1.0, 0.0, 2.0, 3.0, 4.0])  # two neighbours changed places: 1 - 6 * 2 / (5 * 24) = 0.9
+    fall = 0.8 * 0.1
+    found = likely_correlation(drop, 0.8, before, after)
+    z = 1.959964
+    variance, prior = (0.0392 / (2 * z)) ** 2, (0.2 * fall) ** 2
+    assert found == pytest.approx((0.01 / variance + 0.4 * fall / prior) / (1 / variance + 1 / prior), rel=1e-5)
+
+
+@pytest.mark.parametrize("noise", [0.1, 0.2, 0.4])
+def test_noise_alone_costs_a_correlation_what_the_models_do_not_share(noise):
+    """With many samples the whole fall is measured, and the likely drop lies between it and the prior's share."""
+    metric = metrics.get("spearman")
+    gold, before, after = correlated(20_000, noise)
+    drop = drop_interval(metric, before, after, gold, resamples=100)
+    value = metric.aggregate(before, gold)
+    fall = value * (1 - metric.aggregate(after, before))
+    assert drop.value == pytest.approx(fall, rel=0.1)
+    assert 0.4 * fall < likely_correlation(drop, value, before, after) <= drop.value * 1.0001
+
+
+def test_a_lucky_gain_of_a_correlation_hides_nothing():
+    _, before, after = correlated(60, 0.3, seed=3)
+    drop = Drop(-0.02, Interval(-0.06, 0.02, 0.95), "bootstrap", n_samples=60)
+    assert likely_correlation(drop, 0.8, before, after) > 0.005
+    assert likely_correlation(drop, 0.8, before, before) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_where_nothing_tells_there_is_no_likely_drop():
+    drop = Drop(0.3, Interval(0.2, 0.4, 0.95), "bootstrap", n_samples=4)
+    assert likely_correlation(drop, 0.8, np.arange(4.0), np.zeros(4)) == pytest.approx(0.3, abs=0.01)  # all is lost
+    assert likely_correlation(Drop(0.3, None, "one number, no interval"), 0.8, np.arange(4.0), np.arange(4.0)) is None
+    assert likely_correlation(drop, -0.1, np.arange(4.0), np.arange(4.0)) is None

@@ -19,6 +19,7 @@ from featherweight.recover.cuts import batches_of, plan_cuts, sizes_of
 from featherweight.recover.layers import Layer
 from featherweight.recover.segments import Parts
 from featherweight.recover.solve import RIDGES, Solution, Sums, solve
+from featherweight.stats import padding
 
 Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
@@ -50,6 +51,7 @@ class _Batch:
     n: int
     theirs: Values
     ours: Values
+    mask: npt.NDArray[np.bool_] | None = None
     targets: dict[int, F32] = field(default_factory=dict)
     at: dict[int, npt.NDArray[np.int64]] = field(default_factory=dict)
     shape: dict[int, tuple[int, ...]] = field(default_factory=dict)
@@ -104,7 +106,7 @@ def _first(dataset: Any, most: int) -> list[_Batch]:
         if taken >= most:
             break
         held = {name: np.asarray(x) for name, x in feeds.items()}
-        found.append(_Batch(n, dict(held), dict(held)))
+        found.append(_Batch(n, dict(held), dict(held), padding.shown(held)))
         taken += n
     return found
 
@@ -168,7 +170,7 @@ class _Pass:
             for i in due:
                 layer = self.layers[i]
                 y = _kept(got[layer.target], layer)
-                at = rows.places(layer.geometry, y.shape, wanted_rows(layer, total), self.rng)
+                at = rows.places(layer.geometry, y.shape, wanted_rows(layer, total), self.rng, batch.mask)
                 batch.at[i], batch.shape[i] = at, y.shape
                 batch.targets[i] = rows.output_rows(layer.geometry, y, at)
             batch.theirs = {n: got[n] for n in keep}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from featherweight.stats import padding
 from featherweight.stats.windows import Window
 
 Array = npt.NDArray[np.generic]
@@ -24,12 +25,26 @@ class Geometry:
     flip: bool = False
 
 
-def places(geometry: Geometry, y_shape: tuple[int, ...], limit: int, rng: np.random.Generator) -> I64:
-    """Which places of the output to look at: positions of each sample for a convolution, else rows of the batch."""
-    count = int(np.prod(y_shape[2:])) if geometry.window is not None else _count(geometry, y_shape)
-    if geometry.window is None:
-        limit *= max(y_shape[0], 1) if len(y_shape) > 1 else 1
-    return np.arange(count) if count <= limit else np.sort(rng.choice(count, limit, replace=False))
+def places(
+    geometry: Geometry,
+    y_shape: tuple[int, ...],
+    limit: int,
+    rng: np.random.Generator,
+    mask: npt.NDArray[np.bool_] | None = None,
+) -> I64:
+    """Which places of the output to look at: positions of each sample for a convolution, else rows of the batch.
+
+    `mask`: (batch, length), False where a text has ended; rows of such places are left out.
+    """
+    if geometry.window is not None:
+        return _drawn(np.arange(int(np.prod(y_shape[2:]))), limit, rng)
+    limit *= max(y_shape[0], 1) if len(y_shape) > 1 else 1
+    real = padding.rows_shown(y_shape, mask) if geometry.role != "matmul_left" else None
+    return _drawn(np.arange(_count(geometry, y_shape)) if real is None else real, limit, rng)
+
+
+def _drawn(found: I64, limit: int, rng: np.random.Generator) -> I64:
+    return found if len(found) <= limit else found[np.sort(rng.choice(len(found), limit, replace=False))]
 
 
 def _count(geometry: Geometry, y_shape: tuple[int, ...]) -> int:

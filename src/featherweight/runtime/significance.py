@@ -18,6 +18,7 @@ import numpy as np
 
 from featherweight.core import Interval
 from featherweight.errors import DataError
+from featherweight.runtime import scores
 from featherweight.runtime.metrics import Metric
 from featherweight.runtime.outputs import Array
 from featherweight.runtime.scores import Float
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 Verdict = Literal["within", "beyond", "undecided"]
 #: Share of the changed answers by which accuracy falls: .28 to .55 for EfficientNet-Lite0 and MobileNetV2 compressed so
-#: that they lose up to 8 points on photos; more where more is lost (docs/decisions.md).
+#: that they lose up to 8 points on photos; more where more is lost. Of the fall of a correlation that noise would bring
+#: it is .23 to .53 for MiniLM where it lost .004 to .03 (docs/decisions.md).
 LOST_PER_CHANGE, LOST_SPREAD = 0.4, 0.2
 _CELLS = 200_000  # values gathered at once by the bootstrap: what fits a cache is five times faster than all at once
 
@@ -129,9 +131,30 @@ def likely(drop: Drop, changed: float | None) -> float | None:
     changed = max(changed, (drop.gained + drop.lost) / n)
     measured = (drop.gained + drop.lost + 1) / n**2
     prior = (LOST_SPREAD * changed) ** 2 + LOST_PER_CHANGE**2 * changed * (1 - changed) / n
-    if prior == 0:
-        return 0.0
-    return (max(drop.value, 0.0) / measured + LOST_PER_CHANGE * changed / prior) / (1 / measured + 1 / prior)
+    return _weighed(drop.value, measured, LOST_PER_CHANGE * changed, prior)
+
+
+def likely_correlation(drop: Drop, value: float, before: Float, after: Float) -> float | None:
+    """`likely` of a rank correlation with gold scores: `value` of the original, and both models' scores (n,).
+
+    Were what compression changes in the scores pure noise, the correlation would fall by `value` times what the two
+    models' scores lack of agreeing (attenuation; Spearman 1904). Part of what is lost was noise before: about
+    `LOST_PER_CHANGE` of that fall is found on other data.
+    """
+    if drop.interval is None or not value > 0:
+        return None
+    fall = value * (1 - float(scores.spearman(after[None], before[None])[0]))
+    if not math.isfinite(fall):
+        return None
+    error = (drop.interval.high - drop.interval.low) / (2 * _z(drop.interval.level))
+    return _weighed(drop.value, error**2, LOST_PER_CHANGE * fall, (LOST_SPREAD * fall) ** 2)
+
+
+def _weighed(measured: float, variance: float, prior: float, prior_variance: float) -> float:
+    """The mean of a measured drop (none where it is a gain) and of what is known without it, by their variances."""
+    if variance == 0 or prior_variance == 0:
+        return max(measured, 0.0) if variance == 0 else prior
+    return (max(measured, 0.0) / variance + prior / prior_variance) / (1 / variance + 1 / prior_variance)
 
 
 def mcnemar(baseline: Float, candidate: Float) -> tuple[int, int, float]:

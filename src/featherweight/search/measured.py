@@ -18,6 +18,7 @@ from featherweight.graph import cost, io
 from featherweight.quantities import format_bytes
 from featherweight.runtime import evaluate as ev
 from featherweight.runtime import significance
+from featherweight.runtime.metrics import Metric
 from featherweight.search.baseline import LATENCY_FEEDS, QUICK_LATENCY_S, Baseline
 from featherweight.search.candidates import build_numeric
 from featherweight.search.problem import Problem, first_feeds
@@ -142,10 +143,17 @@ def _measurement(
         host=problem.bench.host,
         latency_from=problem.bench.latency_from,
         changed=after.changed,
-        likely_drop=significance.likely(drop, after.changed),
+        likely_drop=_likely(metric, before, after, drop),
         seed=problem.request.seed,
         **costs,
     )
+
+
+def _likely(metric: Metric, before: ev.Evaluation, after: ev.Evaluation, drop: significance.Drop) -> float | None:
+    """The drop to expect on other data, where the metric is one that tells."""
+    if metric.name == "spearman" and before.per_sample is not None and after.per_sample is not None:
+        return significance.likely_correlation(drop, before.value, before.per_sample, after.per_sample)
+    return significance.likely(drop, after.changed)
 
 
 def summary(plan: Plan) -> str:

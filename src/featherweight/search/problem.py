@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 MAX_CALIBRATION = 128
 # Solving the weights of a changed structure anew gains from more samples than ranges and rounding do.
 MAX_RECOVERY = 256
+# Texts and vectors give a layer few rows a sample, where a picture gives thousands.
+MAX_RECOVERY_FLAT = 2048
 #: Folder inside `work` with the models after their structure stage; a resumed run finds them there.
 STAGES_FOLDER = "structure"
 NORMALISE_FEEDS = 2
@@ -210,7 +212,7 @@ def _opened(
     emptied(work, keep=STAGES_FOLDER if journal.finished("baseline") else "")
     work.mkdir(parents=True, exist_ok=True)
     notes: list[Note] = [*bench.notes()]
-    most = most_calibration(request, techniques)
+    most = most_calibration(request, techniques, inputs)
     splits = _spooled(sources, request, inputs, work, progress, notes, most)
     progress.start("normalising the graph")
     feeds = first_feeds(splits.calibration, NORMALISE_FEEDS)
@@ -365,10 +367,13 @@ def _spooled(
     return fwdata.Splits(read["calibration"], read["validation"], read["holdout"], parts.notes)
 
 
-def most_calibration(request: Request, techniques: Mapping[str, Technique]) -> int:
+def most_calibration(request: Request, techniques: Mapping[str, Technique], inputs: Sequence[fwdata.InputSpec]) -> int:
     """Calibration samples used at most."""
     structural = request.goal != "plain-int8" and any(t.stage == "structure" for t in techniques.values())
-    return MAX_RECOVERY if structural else MAX_CALIBRATION
+    if not structural:
+        return MAX_CALIBRATION
+    flat = all(spec.shape is not None and len(spec.shape) <= 2 for spec in inputs)
+    return MAX_RECOVERY_FLAT if flat else MAX_RECOVERY
 
 
 def _runnable(

@@ -93,8 +93,9 @@ def unread_parts(problem: Problem) -> fwdata.Splits:
     The holdout is left out: in its place stands the validation data.
     """
     request = problem.request
-    first, evaluation = open_sources(request, input_specs(problem.model))
-    most = most_calibration(request, problem.techniques)
+    inputs = input_specs(problem.model)
+    first, evaluation = open_sources(request, inputs)
+    most = most_calibration(request, problem.techniques, inputs)
     parts = fwdata.split(first, seed=request.seed, max_calibration=most, evaluation=evaluation)
     return fwdata.Splits(parts.calibration, problem.splits.validation, problem.splits.validation)
 

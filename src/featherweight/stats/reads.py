@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from featherweight.core import Note
+from featherweight.stats import padding
 from featherweight.stats.accumulate import F32
 from featherweight.stats.windows import Window, columns
 
@@ -159,8 +160,18 @@ def _rnn(weight: Weight, use: WeightUse) -> Read | None:
     return Read(weight.name, use.role, (source.name,), time_first=layout == 0, directions=directions)
 
 
-def rows_of(read: Read, got: dict[str, Any], *, limit: int, rng: np.random.Generator) -> F32 | None:
-    """The rows (groups, n, k) that one batch of activations gives the weight, or None if it was not put out."""
+def rows_of(
+    read: Read,
+    got: dict[str, Any],
+    *,
+    limit: int,
+    rng: np.random.Generator,
+    mask: npt.NDArray[np.bool_] | None = None,
+) -> F32 | None:
+    """The rows (groups, n, k) that one batch of activations gives the weight, or None if it was not put out.
+
+    `mask`: (batch, length), False where a text has ended; rows of such places are left out.
+    """
     x = got.get(read.values[0])
     if x is None or x.dtype.kind != "f" or not x.size:
         return None
@@ -186,7 +197,9 @@ def rows_of(read: Read, got: dict[str, Any], *, limit: int, rng: np.random.Gener
         rows = x
     if int(np.prod(read.lead, dtype=np.int64)) > 1:
         return _batched(rows, read.lead)
-    return _some(rows.reshape(-1, rows.shape[-1]), MATRIX_ROWS, rng)[None]
+    real = padding.rows_shown(rows.shape, mask) if read.role != "matmul_left" else None
+    flat = rows.reshape(-1, rows.shape[-1])
+    return _some(flat if real is None else flat[real], MATRIX_ROWS, rng)[None]
 
 
 def _some(rows: F32, limit: int, rng: np.random.Generator) -> F32:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from featherweight.errors import DataError
-from featherweight.stats import folding
+from featherweight.stats import folding, padding
 from featherweight.stats.accumulate import Moments
 from featherweight.stats.reads import Read, Tables, reads_of, rows_of
 from featherweight.stats.statistics import MomentStats, Statistics, ValueStats
@@ -193,8 +194,9 @@ def stream(
     samples = 0
     for got, n in _run_ahead(session, dataset):
         samples += n
+        mask = padding.shown(got)
         for read in reads:
-            _accumulate(sums, read, got, max_positions, rng)
+            _accumulate(sums, read, got, max_positions, rng, mask)
         for name, summary in summaries.items():
             x = got.get(name)
             if x is not None and x.dtype.kind == "f":
@@ -226,9 +228,14 @@ def _batches(dataset: Any) -> Iterator[tuple[Mapping[str, Any], int]]:
 
 
 def _accumulate(
-    sums: dict[str, Moments], read: Read, got: dict[str, Any], limit: int, rng: np.random.Generator
+    sums: dict[str, Moments],
+    read: Read,
+    got: dict[str, Any],
+    limit: int,
+    rng: np.random.Generator,
+    mask: npt.NDArray[np.bool_] | None,
 ) -> None:
-    rows = rows_of(read, got, limit=limit, rng=rng)
+    rows = rows_of(read, got, limit=limit, rng=rng, mask=mask)
     if rows is None or not rows.size:
         return
     groups, _, k = rows.shape

@@ -1,0 +1,52 @@
+"""Rows of padding are told from rows of tokens, and neither moments nor solved weights see them."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx.parser
+import onnx_ir as ir
+import pytest
+
+from featherweight.stats import collect, padding
+
+MASK = np.array([[1, 1, 1, 0], [1, 1, 0, 0]], np.int64)
+
+
+def test_tokens_are_shown_and_padding_is_not():
+    assert padding.shown({"input_ids": MASK, "attention_mask": MASK}).tolist() == MASK.astype(bool).tolist()
+    assert padding.shown({"input_mask": MASK.astype(np.int32)}) is not None
+
+
+@pytest.mark.parametrize(
+    "feeds",
+    [
+        {"input_ids": MASK},
+        {"attention_mask": MASK * 2},
+        {"attention_mask": MASK * 0},
+        {"attention_mask": MASK.astype(np.float32)},
+        {"attention_mask": MASK[0]},
+    ],
+)
+def test_where_nothing_is_said_all_places_count(feeds):
+    assert padding.shown(feeds) is None
+
+
+def test_rows_of_real_places_by_their_number():
+    mask = MASK.astype(bool)
+    assert padding.rows_shown((2, 4, 7), mask).tolist() == [0, 1, 2, 4, 5]
+    assert padding.rows_shown((2, 7), mask) is None  # no axis of places
+    assert padding.rows_shown((2, 3, 7), mask) is None  # of another length
+    assert padding.rows_shown((2, 4, 7), np.ones((2, 4), bool)) is None
+
+
+def test_second_moments_are_those_of_the_tokens():
+    model = ir.from_proto(
+        onnx.parser.parse_model("""<ir_version: 10, opset_import: ["" : 21]>
+        g (float[B, T, 3] x, int64[B, T] attention_mask) => (float[B, T, 2] y, int64[B, T] m)
+        <float[3, 2] w = {1, 2, 3, 4, 5, 6}> { y = MatMul(x, w) m = Identity(attention_mask) }""")
+    )
+    x = np.random.default_rng(0).normal(size=(2, 4, 3)).astype(np.float32)
+    x[MASK == 0] = 1e3
+    stats = collect(model, [{"x": x, "attention_mask": MASK}])
+    real = x[MASK == 1].astype(np.float64)
+    assert stats.second_moment("w")[0] == pytest.approx(real.T @ real / 5, rel=1e-5)
