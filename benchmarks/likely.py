@@ -1,8 +1,8 @@
 """How far the drop measured on few samples is from the drop on all, and how far the likely drop of the search is.
 
 `python -m benchmarks.likely --data FOLDER --task lite0 FILE...` runs compressed files of a network on the 500 photos
-(`--task minilm`: 1379 pairs) of the evaluation, draws few of them again and again, and judges each draw by both. Results
-of networks are kept together.
+(`--task minilm`: 1379 pairs) of the evaluation, draws few of them again and again, and judges each draw by both.
+Results of networks are kept together.
 """
 
 from __future__ import annotations
