@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -154,3 +155,15 @@ def test_what_is_fixed_stays_and_what_alone_costs_too_much_is_not_tried(monkeypa
     assert tried == [1, 9 / 16]
     propose(joint, {"loss": 0.1}, {"latency_ms": 1.0}, scale=3.0)
     assert tried == [1, 9 / 16, 1]
+
+
+def test_memory_of_activations_falls_with_the_view():
+    joint = seen_smaller()
+    view = [dataclasses.replace(g, activation_bytes=-1000 * i) for i, g in enumerate(joint.groups["view"])]
+    joint = dataclasses.replace(joint, groups={**joint.groups, "view": view})
+    found = propose(joint, {"peak_bytes": -3500}, {"loss": 1.0})
+    assert found is not None
+    assert found.effect.peak_bytes <= -3500
+    without = propose(fixed(joint, view[:1]), {"peak_bytes": -3500}, {"loss": 1.0})
+    assert without is None or found.effect.loss < without.effect.loss
+    assert found.groups["view"].activation_bytes < 0

@@ -110,6 +110,10 @@ def test_work_is_that_of_the_smaller_maps():
     whole = first * 16**2 + second * 8**2
     assert found.work == pytest.approx((first * 12**2 + second * 6**2) / whole)
     assert found.noise == pytest.approx(1 - found.work)
+    # At the peak the first convolution's output is held, what it was made of, and the input, which lives throughout.
+    pixels, maps = 4 * 3, 4 * 6
+    before, after = pixels * 32**2 + maps * 16**2, pixels * (32**2 + 24**2) + maps * 12**2
+    assert found.activation_bytes == after - before
 
 
 @given(st.integers(8, 700), st.data())

@@ -142,7 +142,7 @@ def judged(joint: Joint, picked: Mapping[str, Option], shrunk: Mapping[str, Grou
     for name, chosen in shrunk.items():
         rest = joint.facts[name].resident_bytes
         saved = -round(rest * (1 - chosen.size))
-        effects.append(Effect(saved, 0.0, saved, chosen.loss * scale, 0))
+        effects.append(Effect(saved, 0.0, saved + chosen.activation_bytes, chosen.loss * scale, 0))
     structural = scale * (sum(o.structural for o in picked.values()) + sum(g.loss for g in shrunk.values()))
     return Chosen(dict(picked), dict(shrunk), total(effects), structural)
 
@@ -185,7 +185,7 @@ def _table(
                 Effect(
                     round(held.size_bytes * (g.size / at.size - 1) - rest * (1 - g.size)),
                     held.latency_ms * (g.time / max(at.time, 1e-12) - 1),
-                    round(held.peak_bytes * (g.size / at.size - 1) - rest * (1 - g.size)),
+                    round(held.peak_bytes * (g.size / at.size - 1) - rest * (1 - g.size)) + g.activation_bytes,
                     g.loss * scale,
                     round(held.macs * (g.work / max(at.work, 1e-12) - 1)),
                 ),

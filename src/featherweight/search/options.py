@@ -54,8 +54,8 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class GroupOption:
-    """One decision at a group of channels, or about the whole model: shares of bytes, work and time that are left, and
-    the loss.
+    """One decision at a group of channels, or about the whole model: shares of bytes, work and time that are left, the
+    loss, and the change of the planned peak of activations.
     """
 
     decision: Decision
@@ -63,6 +63,7 @@ class GroupOption:
     work: float
     loss: float
     time: float
+    activation_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _group_option(
     usual = float(np.median(list(gains.values()))) if gains else 1.0
     loss = sum(max(noise, 0.0) * gains.get(name, usual) for name, noise in e.at) if e.at else max(e.noise, 0.0) * usual
     size = e.size_bytes / site.size_bytes if site.size_bytes else 1.0  # what has no weights leaves those of others
-    return GroupOption(decision, size, e.work, loss, e.work * slower)
+    return GroupOption(decision, size, e.work, loss, e.work * slower, e.activation_bytes)
 
 
 def slowed(technique: Technique, model: ir.Model, site: Site, decision: Decision, ctx: Context, multiple: int) -> float:

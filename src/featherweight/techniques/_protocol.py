@@ -79,12 +79,14 @@ class Estimate:
     the outputs of the site's consumers, in closed form: tr(dW C dW^T) plus the rounding noise of the activation
     where the action computes in integers. `work`: multiply-accumulates of the site's nodes afterwards over before.
     `at`: for a group of channels, the noise at each weight that reads them (`noise` is then the sum).
+    `activation_bytes`: change of the planned peak of activations, where the technique knows it.
     """
 
     size_bytes: int
     noise: float
     work: float = 1.0
     at: tuple[tuple[str, float], ...] = ()
+    activation_bytes: int = 0
 
 
 @runtime_checkable

@@ -98,13 +98,13 @@ class InputResolution:
         """Exact operations of what runs at fewer places. The noise is only ranked here (it is measured, see `curves`):
         the share of places that are gone.
         """
-        counted = {n.name: n.macs or 0 for n in cost.costs(model, input_shapes=ctx.input_shapes).nodes}
         small = surgery.copy_model(model)
         _insert(small, _value(small, site), _asked(action), _known(small, ctx))
-        after = {n.name: n.macs or 0 for n in cost.costs(small, input_shapes=ctx.input_shapes).nodes}
-        before = sum(counted.get(n, 0) for n in site.nodes)
-        share = sum(after.get(n, 0) for n in site.nodes) / before if before else 1.0
-        return Estimate(NODE_BYTES, 1.0 - share, share)
+        before, after = (cost.costs(m, input_shapes=ctx.input_shapes) for m in (model, small))
+        work = [sum(n.macs or 0 for n in c.nodes if n.name in site.nodes) for c in (before, after)]
+        share = work[1] / work[0] if work[0] else 1.0
+        saved = after.peak_activation_bytes - before.peak_activation_bytes
+        return Estimate(NODE_BYTES, 1.0 - share, share, activation_bytes=saved)
 
     def apply(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> tuple[Site, ...]:
         """Resample the value for all its readers; shapes stored behind it are forgotten."""
