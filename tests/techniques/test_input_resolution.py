@@ -110,9 +110,10 @@ def test_work_is_that_of_the_smaller_maps():
     whole = first * 16**2 + second * 8**2
     assert found.work == pytest.approx((first * 12**2 + second * 6**2) / whole)
     assert found.noise == pytest.approx(1 - found.work)
-    # At the peak the first convolution's output is held, what it was made of, and the input, which lives throughout.
-    pixels, maps = 4 * 3, 4 * 6
-    before, after = pixels * 32**2 + maps * 16**2, pixels * (32**2 + 24**2) + maps * 12**2
+    # The input lives throughout. The most is held at the second convolution before, and now at the first.
+    pixels, first, second = 4 * 3, 4 * 6, 4 * 4
+    before = pixels * 32**2 + first * 16**2 + second * 8**2
+    after = pixels * (32**2 + 24**2) + first * 12**2
     assert found.activation_bytes == after - before
 
 
