@@ -15,7 +15,7 @@ from featherweight.graph.normalise import normalise
 from featherweight.graph.weights import weights
 from featherweight.search import stage
 from featherweight.search.candidates import build
-from featherweight.techniques import Context
+from featherweight.techniques import Context, all_techniques, get
 from pipeline.small import convnet
 from search.fake_techniques import with_fakes
 
@@ -154,3 +154,18 @@ def test_the_whole_model_first_and_its_answers_are_those_to_come_near_to(model):
 
 def kinds(model: ir.Model) -> list[str]:
     return [n.op_type for n in model.graph]
+
+
+def test_channels_and_factors_together_are_counted_as_they_are_built(model):
+    """Groups are numbered as the model was before a layer was taken apart: cut in one go they could not be."""
+    prune = get("channel_prune")
+    ctx = Context(HERE, input_shapes={"x": (1, 3, 12, 12)})
+    site = next(s for s in prune.sites(model) if "w1" in s.tensors)
+    decisions = [
+        Decision("w3", (Action.of("conv_tucker", in_rank=8, out_rank=8),)),
+        Decision(site.name, (Action.of("channel_prune", keep=16),)),
+    ]
+    counted = stage.cut_only(model, decisions, ctx, all_techniques())
+    made, _, _ = stage.run_stage(model, decisions, ctx, all_techniques(), Said())
+    shapes = {"input_shapes": ctx.input_shapes}
+    assert cost.costs(counted, **shapes).macs == cost.costs(made, **shapes).macs < cost.costs(model, **shapes).macs

@@ -143,11 +143,12 @@ def cut_only(
 ) -> ir.Model:
     """A copy of the model with these decisions carried out and nothing after: for counting. Raises TechniqueError."""
     result = surgery.copy_model(model)
-    whole, *rest = _steps(model, decisions, techniques)
-    # The whole comes last: what `ctx` keeps of the groups is numbered as the model was.
-    for some in ([d for part in rest for d in part], whole):
-        if some:
-            _apply(result, some, ctx, techniques)
+    whole, groups, single = _steps(model, decisions, techniques)
+    # Groups come first: what `ctx` keeps of them is numbered as the model was. Of the layers left it knows nothing.
+    changed = dataclasses.replace(ctx, stats=None, cache={}) if groups else ctx
+    for part, now in ((groups, ctx), (single, changed), (whole, changed)):
+        if part:
+            _apply(result, part, now, techniques)
     return result
 
 

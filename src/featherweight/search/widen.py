@@ -74,6 +74,8 @@ class Wider:
         #: Predicted structural loss of the last proposal before scaling, and the scale it was made with.
         self.asked, self.scale_asked = 0.0, FIRST_SCALE
         self.tried: dict[str, Outcome] = {}
+        #: Operations by which a structure once built was over their limit: the next one is asked for so many fewer.
+        self.over_macs = 0.0
         self.keep_all = False
 
     @property
@@ -217,7 +219,11 @@ class Wider:
             return outcome
         trial = self._trial(made, noise)
         if budget.max_macs is not None and trial.base.macs > budget.max_macs:
-            return "missed"
+            over = trial.base.macs - budget.max_macs
+            self.over_macs += 1.1 * over
+            self.problem.note("structure", f"{len(decisions)} change(s) left {over} MACs too many: more was taken away")
+            self.problem.stages.pop(made.key, None)
+            return "unsolved" if math.isfinite(cap) else "rescaled"
         met = self._numbers(trial, budget, cap, enough=enough, candidates=candidates)
         return "met" if met else "missed"
 
@@ -229,6 +235,8 @@ class Wider:
         What groups save together is a product, which the program adds up: so the limit is tightened by what was over.
         """
         weights, space = loop.objective_weights(budget.minimize, self.base), self.joint
+        if budget.max_macs is not None:
+            caps["macs"] = caps.get("macs", 0.0) - self.over_macs
         for _ in range(MOST_CORRECTIONS):
             chosen = joint.propose(space, caps, weights, scale=self.scale, start=start)
             if chosen is None or budget.max_macs is None:
