@@ -126,3 +126,30 @@ def test_a_structure_that_cannot_be_run_is_noted_and_the_search_goes_on():
     outcome, notes = alone(RunError("the child died"))
     assert outcome == "missed"
     assert notes == ["structure: a structure of 1 changes could not be run: the child died"]
+
+
+def test_a_structure_still_over_its_operations_is_asked_for_again_with_less(monkeypatch):
+    """What is built may have more operations than were counted; the next proposal is asked for so many fewer."""
+    notes, asked = [], []
+    wider = Asking(1.0, 0.0)
+    base = Base(size_bytes=1, latency_ms=1.0, peak_bytes=1, macs=1000)
+    problem = SimpleNamespace(
+        note=lambda where, text: notes.append(f"{where}: {text}"), stages={"k": 1}, model=None, of_stage=lambda **_: {},
+    )  # fmt: skip
+    made: Any = SimpleNamespace(key="k", decisions=("d",))
+    vars(wider).update(problem=problem, base=base, over_macs=0.0)
+    monkeypatch.setattr(wider, "_built", lambda _decisions: (made, 0.1))
+    monkeypatch.setattr(wider, "_outcome_alone", lambda *_, **__: None)
+    monkeypatch.setattr(wider, "_trial", lambda *_: SimpleNamespace(base=SimpleNamespace(macs=620)))
+    budget = Budget(max_macs=600)
+    assert wider._outcome(("d",), budget, float("inf"), enough=True, candidates=3) == "rescaled"
+    assert notes == ["structure: 1 change(s) left 20 MACs too many: more was taken away"]
+    assert problem.stages == {}
+
+    def propose(_space, caps, *_, **__):
+        asked.append(caps["macs"])
+
+    monkeypatch.setattr(widen.joint, "propose", propose)
+    vars(wider)["joint"] = None
+    wider._proposed(budget, {"macs": -400.0}, None)
+    assert asked == [pytest.approx(-422)]
