@@ -27,7 +27,7 @@ class TestInputResolution(TechniqueContract):
 
 def network(
     declared: str = "float[N, 3, 32, 32] x", entry: str = "x", before: str = "", head: str = POOLED,
-    output: str = "float[N, 5] y", classes: int = 4,
+    output: str = "float[N, 5] y", classes: int = 4, middle: str = "",
 ) -> ir.Model:  # fmt: skip
     """Two convolutions of stride 2 and a head: maps of 32, 16 and 8 places a side."""
     model = ir.from_proto(
@@ -35,7 +35,8 @@ def network(
         g ({declared}) => ({output}) {{
           {before}
           [c1] a = Conv<kernel_shape = [3, 3], pads = [1, 1, 1, 1], strides = [2, 2]>({entry}, w1)
-          [r1] b = Relu(a)
+          {middle}
+          [r1] b = Relu({"a2" if middle else "a"})
           [c2] h = Conv<kernel_shape = [3, 3], pads = [1, 1, 1, 1], strides = [2, 2]>(b, w2)
           {head}
         }}""")
@@ -48,6 +49,11 @@ def network(
         value.const_value = ir.Tensor(array, name=value.name)
         value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(array.shape)
         model.graph.register_initializer(value)
+    for name, sizes in (("five", (0, 2, 3, 16, 16)), ("four", (0, 6, 16, 16))):
+        for value in {v for n in model.graph for v in n.inputs if v is not None and v.name == name}:
+            value.const_value = ir.Tensor(np.array(sizes, np.int64), name=name)
+            value.type, value.shape = ir.TensorType(ir.DataType.INT64), ir.Shape((len(sizes),))
+            model.graph.register_initializer(value)
     return model
 
 
@@ -115,6 +121,16 @@ def test_work_is_that_of_the_smaller_maps():
     before = pixels * 32**2 + first * 16**2 + second * 8**2
     after = pixels * (32**2 + 24**2) + first * 12**2
     assert found.activation_bytes == after - before
+
+
+def test_work_behind_a_shuffle_of_channels_counts_and_behind_the_pooling_does_not():
+    shuffle = (
+        "[split] s = Reshape(a, five) [swap] t = Transpose<perm = [0, 2, 1, 3, 4]>(s) [join] a2 = Reshape(t, four)"
+    )
+    model = network(middle=shuffle)
+    (site,) = SMALLER.sites(model)
+    assert {"c1", "split", "join", "c2", "pool"} <= set(site.nodes)
+    assert not {"flat", "fc"} & set(site.nodes)
 
 
 @given(st.integers(8, 700), st.data())

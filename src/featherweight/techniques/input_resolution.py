@@ -33,6 +33,8 @@ NODE_BYTES = 200
 #: Operators that give the same pixels back: what an input passes before a network begins.
 _PREPARES = frozenset({"Identity", "Cast", "Transpose", "Add", "Sub", "Mul", "Div", "BatchNormalization", "Clip"})
 _WINDOWS = frozenset({"Conv", "MaxPool", "AveragePool", "LpPool", "ConvInteger", "QLinearConv"})
+#: What leaves no places; a Reshape may be a shuffle of channels in the middle of a network.
+_POOLS = frozenset({"GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool", "Flatten", "ReduceMean", "ReduceMax"})
 _PRODUCTS = frozenset({"Gemm", "MatMul"})
 NOT_KNOWN = "shapes behind it are not known"
 Sizes = Mapping[str, shapes.Known]
@@ -147,7 +149,7 @@ def _windowed(entry: ir.Value) -> list[ir.Node]:
         if not any(v in reached for v in node.inputs if v is not None):
             continue
         found.append(node)
-        if node.op_type not in ("GlobalAveragePool", "GlobalMaxPool", "Flatten", "Reshape", "ReduceMean", "ReduceMax"):
+        if node.op_type not in _POOLS:
             reached.update(node.outputs)
     return found
 
