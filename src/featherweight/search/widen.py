@@ -235,6 +235,8 @@ class Wider:
         What groups save together is a product, which the program adds up: so the limit is tightened by what was over.
         """
         weights, space = loop.objective_weights(budget.minimize, self.base), self.joint
+        if not _asks_for_work(budget):  # pixels are no bytes, and each of their options is a program to solve
+            space = joint.fixed(space, [space.groups[name][0] for name in space.whole])
         if budget.max_macs is not None:
             caps["macs"] = caps.get("macs", 0.0) - self.over_macs
         for _ in range(MOST_CORRECTIONS):
@@ -359,6 +361,12 @@ class Wider:
         except TechniqueError:
             return None
         return bounds.floor_of(model, problem.shapes(), narrow)
+
+
+def _asks_for_work(budget: Budget) -> bool:
+    """True if fewer operations or smaller activations may help to meet the limits or the objective."""
+    limits = (budget.max_latency_ms, budget.max_latency_ratio, budget.max_peak_bytes, budget.max_macs)
+    return budget.minimize in ("latency", "memory") or any(limit is not None for limit in limits)
 
 
 def _shifted(attempt: Attempt, offset: Effect) -> Attempt:
