@@ -129,7 +129,7 @@ def correlations(files: list[dict[str, list[float]]]) -> str:
         errors = np.sqrt(np.square(rows - drop).mean(axis=0))
         passes = [(rows[:, k] <= 0.01 * aim).mean() for k, aim in enumerate(AIMS.values())]
         lines.append(
-            f"| {drop:.4f} | {fall:.4f} | {drop / fall:.2f} | {errors[0]:.4f} | {errors[1]:.4f} | "
+            f"| {drop:.4f} | {fall:.4f} | {drop / max(fall, 1e-9):.2f} | {errors[0]:.4f} | {errors[1]:.4f} | "
             f"{passes[0]:.0%} | {passes[1]:.0%} |"
         )
     return "\n".join(lines) + "\n"
@@ -149,7 +149,8 @@ def main() -> None:
     kept[task.name] = measured(task, args.files) if task.kind == "images" else scored(task, args.files)
     RESULT.write_text(json.dumps({"machine": results.machine(), "tasks": kept}) + "\n")
     kinds = {t.name: t.kind for t in known}
-    page = table([f for name, files in kept.items() if kinds[name] == "images" for f in files])
+    photos = [f for name, files in kept.items() if kinds[name] == "images" for f in files]
+    page = table(photos) if photos else ""
     page += "".join("\n" + correlations(files) for name, files in kept.items() if kinds[name] == "pairs")
     PAGE.write_text(page)
     print(page)

@@ -146,6 +146,12 @@ class Budget:
             )
         )
 
+    @property
+    def asks_for_work(self) -> bool:
+        """True if fewer operations or smaller activations may help to meet the limits or the objective."""
+        limits = (self.max_latency_ms, self.max_latency_ratio, self.max_peak_bytes, self.max_macs)
+        return self.minimize in ("latency", "memory") or any(limit is not None for limit in limits)
+
     def violations(self, m: Measurement) -> list[str]:
         """What `m` breaks, in words with both values; empty if nothing."""
         said = "" if m.latency_from == "measured" else f"{m.latency_from} "

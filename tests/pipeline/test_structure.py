@@ -6,6 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 
@@ -226,3 +227,24 @@ def test_fewer_pixels_and_fewer_channels_go_together(model, data, tmp_path):
     assert report.result.macs <= 0.03 * macs_of(model)
     used = {a.technique for d in report.plan.decisions for a in d.actions}
     assert used == {"input_resolution", "channel_prune"}
+
+
+@pytest.mark.parametrize("techniques", [("input_resolution",), ("input_resolution", "channel_prune")])
+def test_fewer_pixels_and_nothing_else_are_a_result_though_the_file_grows(techniques, model, data, tmp_path):
+    limit = "60%" if len(techniques) == 1 else "80%"
+    report = fw.compress(model, data, max_macs=limit, techniques=techniques, out=tmp_path / "run", max_candidates=4)
+    assert report.ok, report.reason
+    assert report.result.macs <= float(limit[:-1]) / 100 * macs_of(model)
+
+
+def test_memory_of_activations_is_saved_by_fewer_pixels(model, tmp_path):
+    """The larger the batch, the more of the memory is activations; the search must not ask the numbers for it."""
+    x = np.random.default_rng(0).normal(size=(96, 3, 12, 12)).astype(np.float32)
+    np.savez(tmp_path / "x.npz", x=x)
+    report = fw.compress(
+        model, tmp_path / "x.npz", batch_size=32, minimize="memory", max_drop=0.5, metric="cosine",
+        techniques=("input_resolution",), out=tmp_path / "run", max_candidates=4,
+    )  # fmt: skip
+    used = {a.technique for d in report.plan.decisions for a in d.actions}
+    assert used == {"input_resolution"}
+    assert report.result.peak_bytes < report.baseline.peak_bytes

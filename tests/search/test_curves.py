@@ -10,7 +10,7 @@ import pytest
 from featherweight.core import Action, Decision
 from featherweight.search.curves import in_one_unit, on_curve, that_ran
 from featherweight.search.options import GroupOption
-from featherweight.search.probe import divergence
+from featherweight.search.probe import divergence, output_noise
 
 
 def options(*losses: float) -> list[GroupOption]:
@@ -70,3 +70,12 @@ def test_of_a_change_to_the_whole_model_only_what_ran_is_left():
     )
     assert that_ran([kept, small, smaller], [[0.5, 0.1, None]]) == [kept, small]
     assert that_ran([kept, small, smaller], []) == [kept]
+
+
+def test_of_runs_that_gave_no_numbers_nothing_is_left():
+    small = GroupOption(Decision("view", (Action.of("smaller", by=2),)), 1.0, 0.5, 0.5, 0.5)
+    assert that_ran([small], [[0.5, math.inf, None]]) == []
+
+
+def test_outputs_of_other_shapes_are_infinitely_far_apart():
+    assert output_noise({"y": np.ones((1, 2, 4), np.float32)}, {"y": np.ones((1, 2, 3), np.float32)}) == math.inf

@@ -25,6 +25,7 @@ def test_tokens_are_shown_and_padding_is_not():
         {"attention_mask": MASK * 0},
         {"attention_mask": MASK.astype(np.float32)},
         {"attention_mask": MASK[0]},
+        {"attention_mask": MASK, "decoder_input_ids": MASK},
     ],
 )
 def test_where_nothing_is_said_all_places_count(feeds):
@@ -37,6 +38,7 @@ def test_rows_of_real_places_by_their_number():
     assert padding.rows_shown((2, 7), mask) is None  # no axis of places
     assert padding.rows_shown((2, 3, 7), mask) is None  # of another length
     assert padding.rows_shown((2, 4, 7), np.ones((2, 4), bool)) is None
+    assert padding.rows_shown((4, 4, 7), np.tri(4, dtype=bool)) is None  # places and samples cannot be told apart
 
 
 def test_second_moments_are_those_of_the_tokens():

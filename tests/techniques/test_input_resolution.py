@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from featherweight.core import Action, Profile
 from featherweight.errors import TechniqueError
-from featherweight.graph import io, surgery
+from featherweight.graph import cost, io, repair, surgery
 from featherweight.runtime import ort
 from featherweight.techniques import Context, get
 from featherweight.testing.contract import TechniqueContract
@@ -42,14 +42,17 @@ def network(
         }}""")
     )
     rng = np.random.default_rng(0)
-    shapes = {"w1": (6, 3, 3, 3), "w2": (4, 6, 3, 3), "wc": (5, classes), "mean": (1, 3, 1, 1), "map": (1, 4, 8, 8)}
+    shapes = {"w1": (6, 3, 3, 3), "w2": (4, 6, 3, 3), "wc": (5, classes), "mean": (1, 3, 1, 1), "map": (1, 4, 8, 8)} | {
+        "wg": (6, 6, 1, 1)
+    }
     found = {v.name: v for n in model.graph for v in n.inputs if v is not None and v.name in shapes}
     for value in found.values():
         array = rng.normal(size=shapes[value.name]).astype(np.float32)
         value.const_value = ir.Tensor(array, name=value.name)
         value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(array.shape)
         model.graph.register_initializer(value)
-    for name, sizes in (("five", (0, 2, 3, 16, 16)), ("four", (0, 6, 16, 16))):
+    constants = {"split": (0, 2, 3, 16, 16), "join": (0, 6, 16, 16), "chan": (1,), "five": (5,)}
+    for name, sizes in constants.items():
         for value in {v for n in model.graph for v in n.inputs if v is not None and v.name == name}:
             value.const_value = ir.Tensor(np.array(sizes, np.int64), name=name)
             value.type, value.shape = ir.TensorType(ir.DataType.INT64), ir.Shape((len(sizes),))
@@ -125,7 +128,7 @@ def test_work_is_that_of_the_smaller_maps():
 
 def test_work_behind_a_shuffle_of_channels_counts_and_behind_the_pooling_does_not():
     shuffle = (
-        "[split] s = Reshape(a, five) [swap] t = Transpose<perm = [0, 2, 1, 3, 4]>(s) [join] a2 = Reshape(t, four)"
+        "[split] s = Reshape(a, split) [swap] t = Transpose<perm = [0, 2, 1, 3, 4]>(s) [join] a2 = Reshape(t, join)"
     )
     model = network(middle=shuffle)
     (site,) = SMALLER.sites(model)
@@ -142,6 +145,7 @@ def test_open_sizes_come_out_exactly_as_asked(rows, data):
     resize = next(n for n in found.graph if n.op_type == "Resize")
     ratio = surgery.constant(resize.inputs[2])
     assert [int(np.floor(np.float32(rows) * r)) for r in ratio] == [to, to]
+    assert [int(np.floor(rows * float(r))) for r in ratio] == [to, to]  # as distillation multiplies
 
 
 def test_open_sizes_follow_other_inputs_in_the_same_ratio():
@@ -171,11 +175,19 @@ def test_pixels_are_taken_behind_what_prepares_them():
         ),
         ({"head": POOLED.replace("(h)", "(k)").replace("[pool]", "[pos] k = Add(h, map) [pool]")}, "not known"),
         ({"declared": "float[N, 3, R, C] x"}, "rows and columns of the input are not known"),
+        ({"head": "m = ReduceMax(h, chan) y = Sigmoid(m)", "output": "float[N, 1, 8, 8] y"}, "the output 'y' changes"),
+        (
+            {"head": "[flat] f = Flatten(h) t, i = TopK(f, five) y = Identity(t)", "output": "float[N, 5] y"},
+            "TopK behind it speaks of places",
+        ),
     ],
 )
-def test_a_network_that_counts_its_places_keeps_them(parts, why):
-    ctx = context()
-    assert offered(network(**parts), ctx) == []
+@pytest.mark.parametrize("shapes_stored", [False, True])
+def test_a_network_that_counts_its_places_keeps_them(parts, why, shapes_stored):
+    model, ctx = network(**parts), context()
+    if shapes_stored:
+        repair.renew_shapes(model)
+    assert offered(model, ctx) == []
     (note,) = ctx.notes
     assert why in note.text
 
@@ -199,3 +211,28 @@ def test_what_is_no_image_is_no_site(declared):
 def test_other_sizes_are_refused(rows):
     with pytest.raises(TechniqueError, match=f"must become 1..32 rows of 1..32, but got {rows} x 24"):
         smaller(network(), rows, 24)
+
+
+NORMED = """m = ReduceMean(a, chan) d = Sub(a, m) q = Mul(d, d) v = ReduceMean(q, chan) s = Sqrt(v) a2 = Div(d, s)"""
+
+
+def test_shapes_behind_a_norm_over_channels_are_not_stale():
+    """What reads only the means, and would keep a stored shape of the larger view, is counted at the smaller one."""
+    model = network(middle=NORMED)
+    repair.renew_shapes(model)
+    (site,) = SMALLER.sites(model)
+    found = SMALLER.estimate(model, site, Action.of("input_resolution", rows=24, columns=24), context())
+    assert found.work == pytest.approx((27 * 6 * 12**2 + 54 * 4 * 6**2) / (27 * 6 * 16**2 + 54 * 4 * 8**2))
+    made = smaller(model, 24, 24)
+    counted = {n.name: n.macs for n in cost.costs(made).nodes}
+    assert counted["c2"] == 54 * 4 * 6**2
+    assert run(made, np.random.default_rng(0).normal(size=(1, 3, 32, 32)).astype(np.float32)).shape == (1, 5)
+
+
+def test_steps_are_the_product_of_strides_whatever_the_border_takes():
+    """33 places become 17 and 9: a stride of 4, though 33 / 9 is 3.7; gates of one place do not count."""
+    gate = (
+        "[g] p0 = GlobalAveragePool(a) [gc] p1 = Conv<strides = [3, 3], kernel_shape = [1, 1]>(p0, wg) a2 = Mul(a, p1)"
+    )
+    found = offered(network("float[N, 3, 33, 33] x", middle=gate), context())
+    assert found == [(29, 28), (25, 24), (21, 20), (17, 16)]

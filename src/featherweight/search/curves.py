@@ -104,7 +104,7 @@ def on_curve(options: Sequence[GroupOption], points: Sequence[Point]) -> list[Gr
 
 def that_ran(options: Sequence[GroupOption], runs: Sequence[Sequence[float | None]]) -> list[GroupOption]:
     """Options of a change to the whole model that was really made and run, and to keep it."""
-    known = {predicted for predicted, *_ in runs}
+    known = {predicted for predicted, noise, _ in runs if noise is not None and math.isfinite(noise)}
     return [o for o in options if o.decision.keeps or o.loss in known]
 
 

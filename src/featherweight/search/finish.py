@@ -38,7 +38,7 @@ def finish(problem: Problem, known: Baseline, found: Found, *, save_anyway: bool
         io.save(io.load(found.taught[1]), path)
     else:
         build_and_save(problem, ctx, chosen.plan, path)
-    if io.size_bytes(path) >= problem.original_bytes:  # a result never grows
+    if io.size_bytes(path) >= problem.original_bytes and not _may_grow(problem, known):
         return _nothing_pays(problem, known, found)
     if found.interrupted:
         original, result, drop = known.measurement, chosen.measured, None
@@ -58,12 +58,20 @@ def finish(problem: Problem, known: Baseline, found: Found, *, save_anyway: bool
     return _report(problem, answer, outcome, reason, plan, original, result, found)
 
 
+def _may_grow(problem: Problem, known: Baseline) -> bool:
+    """True where a node more may stand for fewer operations: to meet a limit the original breaks, or as was asked."""
+    return bool(problem.budget.violations(known.measurement)) or problem.request.minimize in ("latency", "memory")
+
+
 def _pays(problem: Problem, known: Baseline, plan: Plan, result: Measurement) -> bool:
     """False if the original is within the limits too and is about as good, so that it is better left alone."""
     if problem.budget.violations(known.measurement):
         return True
     if problem.request.minimize == "latency":
         return result.latency_ratio is None or result.latency_ratio < 1 - CLEARLY
+    before = known.measurement.peak_bytes
+    if problem.request.minimize == "memory" and None not in (result.peak_bytes, before):
+        return bool(result.peak_bytes < (1 - CLEARLY) * before)  # type: ignore[operator]
     if plan.changed() or problem.budget.minimize == "size":
         return True
     return result.size_bytes <= (1 - CLEARLY) * problem.original_bytes

@@ -24,17 +24,18 @@ from featherweight.runtime import ort, targets
 from featherweight.runtime.bench import Bench, Here
 from featherweight.runtime.sandbox import Worker
 from featherweight.search.journal import Journal
-from featherweight.search.request import Request, chosen_techniques, matching_nodes
+from featherweight.search.request import (
+    MAX_RECOVERY,
+    Request,
+    chosen_techniques,
+    matching_nodes,
+    most_calibration,
+)
 from featherweight.techniques import Technique, all_techniques
 
 if TYPE_CHECKING:
     from featherweight.search.stage import Staged
 
-MAX_CALIBRATION = 128
-# Solving the weights of a changed structure anew gains from more samples than ranges and rounding do.
-MAX_RECOVERY = 256
-# Texts and vectors give a layer few rows a sample, where a picture gives thousands.
-MAX_RECOVERY_FLAT = 2048
 #: Folder inside `work` with the models after their structure stage; a resumed run finds them there.
 STAGES_FOLDER = "structure"
 NORMALISE_FEEDS = 2
@@ -165,6 +166,8 @@ def open_problem(
     sources = open_sources(request, inputs)
     out.mkdir(parents=True, exist_ok=True)
     asked = request.asked(sha) | ({"profile": bench.host} if bench.profile else {})  # a device may change its address
+    if (most := most_calibration(request, {n: known[n] for n in names}, inputs)) > MAX_RECOVERY:
+        asked["max_calibration"] = most  # journals of a time with fewer are of other samples
     journal = Journal(out / "journal.sqlite", asked, resume=resume)
     try:
         chosen = {n: known[n] for n in names}
@@ -365,15 +368,6 @@ def _spooled(
         read[role] = read[same] if same else fwdata.spool(part, work / role, inputs=inputs, progress=progress)
     notes.extend(fwdata.likeness(read["calibration"], read["holdout"]))
     return fwdata.Splits(read["calibration"], read["validation"], read["holdout"], parts.notes)
-
-
-def most_calibration(request: Request, techniques: Mapping[str, Technique], inputs: Sequence[fwdata.InputSpec]) -> int:
-    """Calibration samples used at most."""
-    structural = request.goal != "plain-int8" and any(t.stage == "structure" for t in techniques.values())
-    if not structural:
-        return MAX_CALIBRATION
-    flat = all(spec.shape is not None and len(spec.shape) <= 2 for spec in inputs)
-    return MAX_RECOVERY_FLAT if flat else MAX_RECOVERY
 
 
 def _runnable(

@@ -6,19 +6,26 @@ import dataclasses
 import difflib
 import fnmatch
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from featherweight.core import Budget, Objective
+from featherweight.data import InputSpec
 from featherweight.errors import BudgetError, ModelError, TechniqueError
 from featherweight.quantities import parse_count, parse_duration, parse_fraction, parse_latency, parse_size
+from featherweight.techniques import Technique
 
 Goal = Literal["plain-int8", "minimize", "fit"]
 # Where the user sets no limit on the drop but minimises something else, this one holds and is reported.
 DEFAULT_MAX_DROP = 0.01
 DEFAULT_CANDIDATES = 18
+MAX_CALIBRATION = 128
+# Solving the weights of a changed structure anew gains from more samples than ranges and rounding do.
+MAX_RECOVERY = 256
+# Texts give a layer few rows a sample, where a picture gives thousands.
+MAX_RECOVERY_TEXTS = 2048
 # Weights are always solved anew by ridge regression after a change of structure; distill: the original teaches too.
 RECOVERIES = ("ridge", "distill")
 
@@ -136,6 +143,15 @@ def chosen_techniques(wanted: Sequence[str] | None, known: Iterable[str]) -> tup
             hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"
             raise TechniqueError(f"there is no technique called {name!r}; {hint}")
     return tuple(dict.fromkeys(wanted))
+
+
+def most_calibration(request: Request, techniques: Mapping[str, Technique], inputs: Sequence[InputSpec]) -> int:
+    """Calibration samples used at most."""
+    structural = request.goal != "plain-int8" and any(t.stage == "structure" for t in techniques.values())
+    if not structural:
+        return MAX_CALIBRATION
+    tokens = all(len(spec.shape or (0,) * 3) <= 2 and spec.dtype.kind in "iub" for spec in inputs)
+    return MAX_RECOVERY_TEXTS if tokens else MAX_RECOVERY
 
 
 def matching_nodes(patterns: Sequence[str], node_names: Sequence[str]) -> frozenset[str]:

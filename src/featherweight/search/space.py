@@ -28,6 +28,9 @@ def decision_space(
         w.name: Site(w.name, "weight", (w.name,), tuple(u.path for u in w.uses), w.size_bytes) for w in by_name.values()
     }
     shrinking = [t for name in structure.groups for t in structure.sites[name].tensors if t in plain]
+    # What changes the whole model saves work at weights that nothing else is decided about.
+    whole = [structure.sites[name] for name in structure.groups if structure.sites[name].kind == "model"]
+    shrinking += [name for name, site in plain.items() if any(set(w.nodes).intersection(site.nodes) for w in whole)]
     sites = {**plain, **structure.sites, **ground.sites}
     facts = site_facts(problem, sites, by_name, gains)
     options = {

@@ -20,8 +20,9 @@ from featherweight.search import loop
 from featherweight.search.baseline import Baseline
 from featherweight.search.measured import build_and_save, measure_file
 from featherweight.search.passes import Found
-from featherweight.search.problem import DEFAULT_TEACHING_S, Problem, input_specs, most_calibration, open_sources
+from featherweight.search.problem import DEFAULT_TEACHING_S, Problem, input_specs, open_sources
 from featherweight.search.replay import TAUGHT
+from featherweight.search.request import most_calibration
 
 #: A drop is missed by little up to the limit and this many times it more, or up to so many units of the metric more.
 NEAR_TIMES, NEAR = 2.0, 0.02

@@ -11,16 +11,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from featherweight.core import Attempt, Budget, Decision, Effect, Plan
-from featherweight.errors import RunError, TechniqueError
+from featherweight.core import Budget, Decision, Effect, Plan
+from featherweight.errors import PlanError, RunError, TechniqueError
 from featherweight.graph import cost, io
 from featherweight.graph.weights import weights
 from featherweight.quantities import format_drop
-from featherweight.runtime.metrics import Metric
 from featherweight.search import bounds, curves, joint, loop, stage
 from featherweight.search.baseline import Baseline, base
 from featherweight.search.effects import modelled_latency_ms
@@ -28,13 +26,13 @@ from featherweight.search.joint import Chosen
 from featherweight.search.measured import announce, drop_of, measure_plan
 from featherweight.search.options import Structure, structure_options
 from featherweight.search.passes import Found, first_cap, searched, take, usable_table
-from featherweight.search.prepare import Ground, probed_gains, staged, survey
-from featherweight.search.probe import child_divergence
-from featherweight.search.problem import Problem, first_feeds
+from featherweight.search.prepare import probed_gains, staged, survey
+from featherweight.search.problem import Problem
 from featherweight.search.solve import Choice, Dimension
 from featherweight.search.space import decision_space
 from featherweight.search.stage import Staged
 from featherweight.search.teaching import teachable
+from featherweight.search.trial import Trial, fragile, noise_of, planned_bytes, shifted
 from featherweight.techniques import Context
 
 #: Structures built and measured at most, numeric candidates tried on each, and structures tried for a front.
@@ -43,25 +41,12 @@ CANDIDATES_EACH = 3
 MOST_FOR_A_FRONT = 3
 #: How often a proposal that is over the limit on operations is made anew.
 MOST_CORRECTIONS = 6
-#: Batches on which the noise of a changed structure is measured, and on until so many samples.
-NOISE_BATCHES, NOISE_SAMPLES = 32, 150
 SMALLEST_STEP = 1.3
 SCALES = (0.02, 50.0)
 #: What many changes lose together over the sum of what each loses alone, before it is measured: about three on
 #: EfficientNet-Lite0, where too small a guess costs a structure that is built for nothing.
 FIRST_SCALE = 3.0
 Outcome = Literal["met", "missed", "rescaled", "unsolved", "nothing"]
-
-
-@dataclass
-class Trial:
-    """One structure, built: a problem of its own, what can be done to its numbers, and its measured output noise."""
-
-    problem: Problem
-    staged: Staged
-    ground: Ground
-    noise: float
-    base: loop.Base
 
 
 class Wider:
@@ -223,7 +208,7 @@ class Wider:
             self.over_macs += 1.1 * over
             self.problem.note("structure", f"{len(decisions)} change(s) left {over} MACs too many: more was taken away")
             self.problem.stages.pop(made.key, None)
-            return "unsolved" if math.isfinite(cap) else "rescaled"
+            return "rescaled"
         met = self._numbers(trial, budget, cap, enough=enough, candidates=candidates)
         return "met" if met else "missed"
 
@@ -235,15 +220,17 @@ class Wider:
         What groups save together is a product, which the program adds up: so the limit is tightened by what was over.
         """
         weights, space = loop.objective_weights(budget.minimize, self.base), self.joint
-        if not _asks_for_work(budget):  # pixels are no bytes, and each of their options is a program to solve
+        if not budget.asks_for_work:  # pixels are no bytes, and each of their options is a program to solve
             space = joint.fixed(space, [space.groups[name][0] for name in space.whole])
         if budget.max_macs is not None:
             caps["macs"] = caps.get("macs", 0.0) - self.over_macs
         for _ in range(MOST_CORRECTIONS):
             chosen = joint.propose(space, caps, weights, scale=self.scale, start=start)
+            if chosen is None and space is not self.joint and budget.max_macs is not None:
+                chosen = joint.propose(self.joint, caps, weights, scale=self.scale, start=start)
             if chosen is None or budget.max_macs is None:
                 return chosen
-            space = joint.fixed(space, [chosen.groups[name] for name in space.whole])  # corrections are small
+            space = joint.fixed(self.joint, [chosen.groups[name] for name in self.joint.whole])  # corrections are small
             decisions = stage.structure_part(Plan(chosen.decisions), self.problem.techniques)
             try:
                 techniques = self.problem.of_stage(structure=True)
@@ -261,8 +248,9 @@ class Wider:
         problem = self.problem
         try:
             made = staged(problem, self._ctx(), decisions)
-            return made, problem.journal.phase(f"noise of {made.key}", lambda: _noise(problem, made, self.known.metric))
-        except (TechniqueError, RunError) as e:
+            noise = problem.journal.phase(f"noise of {made.key}", lambda: noise_of(problem, made, self.known.metric))
+            return made, noise
+        except (TechniqueError, PlanError, RunError) as e:
             problem.note("structure", f"a structure of {len(decisions)} changes could not be built: {e}")
             return None
 
@@ -299,13 +287,13 @@ class Wider:
         gains = dict(self.gains)
         for site, names in made.left.items():
             gains.update(dict.fromkeys(names, self.gains.get(site, 1.0)))
-        ctx = dataclasses.replace(ground.ctx, stats=made.stats, cache={}, fragile=_fragile(ground, made), gains=gains)
+        ctx = dataclasses.replace(ground.ctx, stats=made.stats, cache={}, fragile=fragile(ground, made), gains=gains)
         table = survey(own, ctx, with_gains=False, gains=gains)
         macs = own.macs()
         start = loop.Base(
             io.size_bytes(made.path),
             max(modelled_latency_ms(macs), 1e-6),
-            self.base.peak_bytes,
+            self.base.peak_bytes + planned_bytes(own) - planned_bytes(self.problem),
             self.base.measured_ms,
             macs,
         )
@@ -316,7 +304,8 @@ class Wider:
         found, own, made = self.found, trial.problem, trial.staged
         before, here = found.best, trial.base
         offset = Effect(
-            here.size_bytes - self.base.size_bytes, here.latency_ms - self.base.latency_ms, 0, trial.noise,
+            here.size_bytes - self.base.size_bytes, here.latency_ms - self.base.latency_ms,
+            here.peak_bytes - self.base.peak_bytes, trial.noise,
             here.macs - self.base.macs,
         )  # fmt: skip
         left = self.problem.request.max_candidates - len(found.attempts)
@@ -324,7 +313,7 @@ class Wider:
             usable_table(own, trial.ground),
             budget,
             here,
-            lambda plan: _shifted(measure_plan(own, self.known, trial.ground.ctx, plan), offset),
+            lambda plan: shifted(measure_plan(own, self.known, trial.ground.ctx, plan), offset),
             own.out_of_time,
             max(min(candidates, left), 1),
             lambda best: announce(own, best),
@@ -361,39 +350,3 @@ class Wider:
         except TechniqueError:
             return None
         return bounds.floor_of(model, problem.shapes(), narrow)
-
-
-def _asks_for_work(budget: Budget) -> bool:
-    """True if fewer operations or smaller activations may help to meet the limits or the objective."""
-    limits = (budget.max_latency_ms, budget.max_latency_ratio, budget.max_peak_bytes, budget.max_macs)
-    return budget.minimize in ("latency", "memory") or any(limit is not None for limit in limits)
-
-
-def _shifted(attempt: Attempt, offset: Effect) -> Attempt:
-    """The attempt with its prediction against the whole model, not against its structure."""
-    p = attempt.plan.predicted
-    moved = Effect(
-        p.size_bytes + offset.size_bytes, p.latency_ms + offset.latency_ms, p.peak_bytes, p.loss + offset.loss,
-        p.macs + offset.macs,
-    )  # fmt: skip
-    return dataclasses.replace(attempt, plan=dataclasses.replace(attempt.plan, predicted=moved))
-
-
-def _fragile(ground: Ground, made: Staged) -> frozenset[str]:
-    """Fragile nodes of the model with its structure whole, and what came in the place of such."""
-    known = {w.name: w for w in weights(made.model)}
-    found = set(ground.ctx.fragile)
-    for site, names in made.left.items():
-        if site in ground.sites and found.intersection(ground.sites[site].nodes):
-            found.update(u.path for n in names if n in known for u in known[n].uses)
-    return frozenset(found)
-
-
-def _noise(problem: Problem, made: Staged, metric: Metric) -> float:
-    """Noise over signal of the changed structure in float, in what the metric reads, on validation data."""
-    feeds = first_feeds(problem.splits.validation, NOISE_BATCHES, samples=NOISE_SAMPLES)
-    found, _ = problem.worker.call(
-        child_divergence, str(problem.model_path), str(made.path), feeds, problem.profile.threads, metric,
-        doing="running a changed structure",
-    )  # fmt: skip
-    return float(found) if math.isfinite(found) else 1e6

@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from featherweight.core import Action, Site, Stage
 from featherweight.errors import TechniqueError
-from featherweight.graph import cost, shapes, surgery
+from featherweight.graph import cost, repair, shapes, surgery
 from featherweight.techniques._protocol import Context, Estimate, Technique
 
 #: Options of a site at most, and the least share of the rows that is left.
@@ -35,6 +35,8 @@ _PREPARES = frozenset({"Identity", "Cast", "Transpose", "Add", "Sub", "Mul", "Di
 _WINDOWS = frozenset({"Conv", "MaxPool", "AveragePool", "LpPool", "ConvInteger", "QLinearConv"})
 #: What leaves no places; a Reshape may be a shuffle of channels in the middle of a network.
 _POOLS = frozenset({"GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool", "Flatten", "ReduceMean", "ReduceMax"})
+#: What may answer in pixels, or a number of things that depends on them.
+_PLACED = frozenset({"TopK", "NonMaxSuppression", "NonZero", "RoiAlign", "MaxRoiPool", "GridSample", "Range"})
 _PRODUCTS = frozenset({"Gemm", "MatMul"})
 NOT_KNOWN = "shapes behind it are not known"
 Sizes = Mapping[str, shapes.Known]
@@ -141,7 +143,7 @@ def _entry(value: ir.Value) -> ir.Value | None:
         value = node.outputs[0]
 
 
-def _windowed(entry: ir.Value) -> list[ir.Node]:
+def _windowed(entry: ir.Value, ends: frozenset[str] = _POOLS) -> list[ir.Node]:
     """Nodes of the main graph behind a value, in stored order, as far as maps of places reach."""
     reached: set[ir.Value] = {entry}
     found = []
@@ -149,7 +151,7 @@ def _windowed(entry: ir.Value) -> list[ir.Node]:
         if not any(v in reached for v in node.inputs if v is not None):
             continue
         found.append(node)
-        if node.op_type not in _POOLS:
+        if node.op_type not in ends:
             reached.update(node.outputs)
     return found
 
@@ -176,13 +178,24 @@ def _grid(value: ir.Value, known: Sizes) -> _Grid | None:
     at = _places(value, known)
     if at is None:
         return None
-    maps = [at]
+    strides: dict[ir.Value, tuple[int, int]] = {value: (1, 1)}
+    total = (1, 1)
     for node in _windowed(value):
-        found = _places(node.outputs[0], known) if node.op_type in _WINDOWS else None
-        if found is not None and min(found) > 1:
-            maps.append(found)
-    rows, columns = (min(m[i] for m in maps) for i in (0, 1))
-    return _Grid(*at, max(round(at[0] / rows), 1), max(round(at[1] / columns), 1))
+        before = [strides[v] for v in node.inputs if v is not None and v in strides]
+        own = _strides(node)
+        now = (max(b[0] for b in before) * own[0], max(b[1] for b in before) * own[1])
+        strides.update(dict.fromkeys(node.outputs, now))
+        places = _places(node.outputs[0], known) if node.op_type in _WINDOWS else None
+        if places is not None and min(places) > 1:  # gates look at a map of one place
+            total = (max(total[0], now[0]), max(total[1], now[1]))
+    return _Grid(*at, *total)
+
+
+def _strides(node: ir.Node) -> tuple[int, int]:
+    """Rows and columns that a window moves by."""
+    found = node.attributes.get("strides") if node.op_type in _WINDOWS else None
+    steps = found.as_ints() if found is not None else ()
+    return (int(steps[0]), int(steps[1])) if len(steps) == 2 else (1, 1)
 
 
 def _places(value: ir.Value, known: Sizes) -> tuple[int, int] | None:
@@ -198,6 +211,9 @@ def _refused(model: ir.Model, site: Site, to: tuple[int, int], known: Sizes, ctx
     small = surgery.copy_model(model)
     _insert(small, _value(small, site), to, known)
     after = _known(small, ctx)
+    kinds = sorted({n.op_type for n in _windowed(_value(model, site), _POOLS - {"Flatten"})} & _PLACED)
+    if kinds:
+        return f"{kinds[0]} behind it speaks of places"
     for node in small.graph:
         if node.op_type not in _PRODUCTS:
             continue
@@ -209,6 +225,12 @@ def _refused(model: ir.Model, site: Site, to: tuple[int, int], known: Sizes, ctx
         before, now = (_dims(k.get(output.name or "")) for k in (known, after))
         if now is None or before != now:
             return f"the output {output.name!r} changes its shape with it" if now else NOT_KNOWN
+    counted, still = (
+        {n.name for n in cost.costs(m, input_shapes=ctx.input_shapes).nodes if n.macs is not None}
+        for m in (model, small)
+    )
+    if counted - still:
+        return NOT_KNOWN
     return ""
 
 
@@ -254,16 +276,13 @@ def _insert(model: ir.Model, value: ir.Value, to: tuple[int, int], known: Sizes)
     small.type = value.type
     for reader, index in readers:
         surgery.replace_input(reader, index, small)
-    for later in _windowed(small):
-        for output in later.outputs:
-            if not output.is_graph_output():
-                output.shape = None
+    repair.renew_shapes(model)  # a stored shape that is stale would win over the right one
 
 
 def _ratio(to: int, of: int) -> np.float32:
     """The ratio in float32, or a little more: the runtime rounds its product down, which must not end a pixel short."""
     ratio = np.float32(to / of)
-    while np.floor(np.float32(of) * ratio) < to:
+    while min(float(np.float32(of) * ratio), of * float(ratio)) < to:  # some multiply in float32, others in float64
         ratio = np.nextafter(ratio, np.float32(2))
     return ratio
 
