@@ -240,7 +240,9 @@ def test_a_lucky_gain_of_a_correlation_hides_nothing():
 
 
 def test_where_nothing_tells_there_is_no_likely_drop():
-    drop = Drop(0.3, Interval(0.2, 0.4, 0.95), "bootstrap", n_samples=4)
-    assert likely_correlation(drop, 0.8, np.arange(4.0), np.zeros(4)) == pytest.approx(0.3, abs=0.01)  # all is lost
+    drop = Drop(0.8, Interval(0.7, 0.9, 0.95), "bootstrap", n_samples=4)
+    z = 1.959964
+    both = (0.8 / (0.1 / z) ** 2 + 0.32 / 0.16**2) / (1 / (0.1 / z) ** 2 + 1 / 0.16**2)  # all is lost: the fall is 0.8
+    assert likely_correlation(drop, 0.8, np.arange(4.0), np.zeros(4)) == pytest.approx(both, rel=1e-5)
     assert likely_correlation(Drop(0.3, None, "one number, no interval"), 0.8, np.arange(4.0), np.arange(4.0)) is None
     assert likely_correlation(drop, -0.1, np.arange(4.0), np.arange(4.0)) is None

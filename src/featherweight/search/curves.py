@@ -2,9 +2,9 @@
 
 The closed-form error of the layers that read a group says in which order its channels go and how the error grows, but
 not how much of it reaches the outputs: behind a skip connection nearly nothing does, in a trunk all of it and more.
-So each group is cut alone at a few widths and run; what changes the whole model is run in
-each of its options. Between these the loss follows the closed-form noise on a straight
-line in logarithms; beyond them on its slope, held between 1 (errors add) and 2 (they also meet each other).
+So each group is cut alone at a few widths and run; what changes the whole model is run in each of its options. Between
+these the loss follows the closed-form noise on a straight line in logarithms; beyond them on its slope, held between 1
+(errors add) and 2 (they also meet each other).
 
 Where the outputs are class scores the runs are compared by the divergence of their probabilities, as noise on
 scores that decide nothing costs nothing; it is brought to the unit of noise by one factor. Of other outputs only what

@@ -6,9 +6,10 @@ global pooling notices nothing. It costs accuracy because things appear smaller 
 arXiv:1906.06423); which side of a network is best cut is a question of its own (Tan 2019, arXiv:1905.11946, section 3).
 Callers feed the same input as before.
 
-A site is a value of four axes in NCHW; an option says how many rows and columns are left: multiples of the network's
-total stride, since windows of other sizes fall between the pixels they were trained for. Where outputs change their
-shape with the input's (a segmentation, a text line), or a layer counts on a fixed number of places, nothing is offered.
+A site is a value of four axes in NCHW; an option says how many rows and columns are left: whole steps of the network's
+total stride less, since windows of other sizes fall between the pixels they were trained for. Where outputs change
+their shape with the input's (a segmentation, a text line), where a layer counts on a fixed number of places, or where
+places are what is answered, nothing is offered.
 """
 
 from __future__ import annotations
