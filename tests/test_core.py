@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from featherweight.core import Budget, Measurement
 
 
@@ -21,3 +23,19 @@ def test_macs_are_a_limit_like_the_others():
     assert budget.violations(Measurement(1, macs=300)) == []
     assert budget.violations(Measurement(1, macs=301)) == ["MACs 301 a call is over the limit of 300"]
     assert budget.violations(Measurement(1)) == ["MACs is over the limit of 300: it was not measured"]
+
+
+@pytest.mark.parametrize(
+    ("budget", "asks"),
+    [
+        (Budget(max_size_bytes=10, minimize="drop"), False),
+        (Budget(max_drop=0.01, minimize="size"), False),
+        (Budget(max_drop=0.01, minimize="latency"), True),
+        (Budget(max_drop=0.01, minimize="memory"), True),
+        (Budget(max_peak_bytes=10, minimize="drop"), True),
+        (Budget(max_macs=10, minimize="drop"), True),
+        (Budget(max_size_bytes=10, max_latency_ratio=0.5, minimize="drop"), True),
+    ],
+)
+def test_a_budget_asks_for_work_where_operations_or_activations_count(budget, asks):
+    assert budget.asks_for_work is asks

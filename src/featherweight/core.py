@@ -191,7 +191,8 @@ class Measurement:
     candidate over original, interleaved. `drop` is baseline metric minus this one in the metric's unit
     (positive is worse). `macs`: multiply-accumulates of one call, counted on the built graph at the data's shapes.
     None where a quantity was not measured. `changed`: share of answers that are not the original's; `likely_drop`: what
-    the drop is on other data, judged from both; None but for accuracy with one class a sample.
+    the drop is on other data, judged from both; None but for accuracy with one class a sample,
+    and for rank correlations, where it is judged from how far both models' scores agree.
     """
 
     size_bytes: int

@@ -151,28 +151,5 @@ def test_a_structure_still_over_its_operations_is_asked_for_again_with_less(monk
 
     monkeypatch.setattr(widen.joint, "propose", propose)
     vars(wider)["joint"] = None
-    monkeypatch.setattr(widen.joint, "fixed", lambda *_: pytest.fail("operations are limited"))
     wider._proposed(budget, {"macs": -400.0}, None)
     assert asked == [pytest.approx(-422)]
-
-
-@pytest.mark.parametrize(
-    ("budget", "narrowed"),
-    [
-        (Budget(max_size_bytes=10, minimize="drop"), True),
-        (Budget(max_drop=0.01, minimize="size"), True),
-        (Budget(max_drop=0.01, minimize="latency"), False),
-        (Budget(max_drop=0.01, minimize="memory"), False),
-        (Budget(max_peak_bytes=10, minimize="drop"), False),
-        (Budget(max_size_bytes=10, max_latency_ratio=0.5, minimize="drop"), False),
-    ],
-)
-def test_changes_to_the_whole_model_are_decided_where_work_is_asked_for(budget, narrowed, monkeypatch):
-    spaces = []
-    wider = Asking(1.0, 0.0)
-    space = SimpleNamespace(whole=("view",), groups={"view": ["keep", "smaller"]})
-    vars(wider).update(base=Base(size_bytes=1, latency_ms=1.0, peak_bytes=1), joint=space, over_macs=0.0)
-    monkeypatch.setattr(widen.joint, "fixed", lambda _space, options: options)
-    monkeypatch.setattr(widen.joint, "propose", lambda given, *_, **__: spaces.append(given))
-    wider._proposed(budget, {}, None)
-    assert spaces == [["keep"] if narrowed else space]

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from featherweight.core import Action, Profile
+from featherweight.core import Action, Profile, Silent
 from featherweight.errors import TechniqueError
 from featherweight.graph import cost, io, repair, surgery
 from featherweight.runtime import ort
+from featherweight.search.options import structure_options
 from featherweight.techniques import Context, get
 from featherweight.testing.contract import TechniqueContract
 
@@ -236,3 +237,10 @@ def test_steps_are_the_product_of_strides_whatever_the_border_takes():
     )
     found = offered(network("float[N, 3, 33, 33] x", middle=gate), context())
     assert found == [(29, 28), (25, 24), (21, 20), (17, 16)]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_it_is_estimated_only_where_changes_to_the_whole_model_count(whole):
+    model = network()
+    found = structure_options(model, [SMALLER], context(), {}, Silent(), whole=whole)
+    assert {name: len(options) for name, options in found.groups.items()} == ({"resolution of x": 5} if whole else {})

@@ -138,7 +138,7 @@ def _layers(layers: Sequence[layer_rows.Layer]) -> str:
 
 
 def _whole(changes: Sequence[tuple[str, str]]) -> str:
-    return _table(("of", "decision"), changes, numeric=set()) if changes else ""
+    return _table(("of", "decision"), changes) if changes else ""
 
 
 def _groups(groups: Sequence[layer_rows.Group]) -> str:

@@ -69,9 +69,9 @@ def _pays(problem: Problem, known: Baseline, plan: Plan, result: Measurement) ->
         return True
     if problem.request.minimize == "latency":
         return result.latency_ratio is None or result.latency_ratio < 1 - CLEARLY
-    before = known.measurement.peak_bytes
-    if problem.request.minimize == "memory" and None not in (result.peak_bytes, before):
-        return bool(result.peak_bytes < (1 - CLEARLY) * before)  # type: ignore[operator]
+    before, after = known.measurement.peak_bytes, result.peak_bytes
+    if problem.request.minimize == "memory" and before is not None and after is not None:
+        return after < (1 - CLEARLY) * before
     if plan.changed() or problem.budget.minimize == "size":
         return True
     return result.size_bytes <= (1 - CLEARLY) * problem.original_bytes

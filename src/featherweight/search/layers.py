@@ -61,7 +61,7 @@ def rows(problem: Problem, plan: Plan, found: Found | None) -> tuple[dict[str, A
                 "why": "" if integer else noted or _usual_reason(problem, by_name.get(site.name), decision),
             }
         )
-    return (*made_rows, *([] if made is None else _group_rows(problem, made)))
+    return (*made_rows, *([] if made is None else _structure_rows(problem, made)))
 
 
 def _words(decision: Decision | None, parts: tuple[str, ...], chosen: Mapping[str, Decision]) -> str:
@@ -81,7 +81,7 @@ def _bytes_after(ground: Ground, name: str, decision: Decision | None) -> int:
     return site.size_bytes + (effect.size_bytes if effect is not None else 0)
 
 
-def _group_rows(problem: Problem, made: Staged) -> list[dict[str, Any]]:
+def _structure_rows(problem: Problem, made: Staged) -> list[dict[str, Any]]:
     """What was decided about the whole model; channels before and after of each group, by the axis of its first tensor
     that shrank.
     """
@@ -93,9 +93,9 @@ def _group_rows(problem: Problem, made: Staged) -> list[dict[str, Any]]:
     for decision in made.decisions:
         if decision.site not in sites:
             continue
-        row = {"layer": decision.site, "kind": "model", "decision": str(decision)}
+        row: dict[str, Any] = {"layer": decision.site, "decision": str(decision)}
         if sites[decision.site].kind == "model":
-            rows.append(row)
+            rows.append({**row, "kind": "model"})
             continue
         for tensor in sites[decision.site].tensors:
             pairs = zip(_shape(problem.model, tensor), _shape(made.model, tensor), strict=False)

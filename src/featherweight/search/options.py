@@ -89,17 +89,19 @@ def structure_options(
     progress: Progress,
     *,
     integer: bool = False,
+    whole: bool = True,
 ) -> Structure:
     """Estimate every option of the structure techniques at every site. Layers kept in float are left alone.
 
-    `integer`: what is left may compute in integers, whose kernels want other numbers of channels.
+    `integer`: what is left may compute in integers, whose kernels want other numbers of channels. `whole`: changes to
+    the whole model count; they save operations and no bytes.
     """
     multiple = INTEGER_MULTIPLE if integer else FLOAT_MULTIPLE
     sites: dict[str, Site] = {}
     groups: dict[str, list[GroupOption]] = {}
     factors: dict[str, list[tuple[Decision, Estimate, Technique]]] = {}
     refused: list[Note] = []
-    listed = [(t, s) for t in techniques for s in t.sites(model)]
+    listed = [(t, s) for t in techniques for s in t.sites(model) if whole or s.kind != "model"]
     progress.start("estimating structure", len(listed))
     for technique, site in listed:
         progress.advance()

@@ -111,8 +111,9 @@ class Wider:
         techniques = list(self.problem.of_stage(structure=True).values())
         integer = any(t.integer for t in self.problem.techniques.values())
         return structure_options(
-            self.problem.model, techniques, self._ctx(), self.gains, self.problem.progress, integer=integer
-        )
+            self.problem.model, techniques, self._ctx(), self.gains, self.problem.progress,
+            integer=integer, whole=self.problem.budget.asks_for_work,
+        )  # fmt: skip
 
     @cached_property
     def structure(self) -> Structure:
@@ -220,13 +221,11 @@ class Wider:
         What groups save together is a product, which the program adds up: so the limit is tightened by what was over.
         """
         weights, space = loop.objective_weights(budget.minimize, self.base), self.joint
-        if not budget.asks_for_work:  # pixels are no bytes, and each of their options is a program to solve
-            space = joint.fixed(space, [space.groups[name][0] for name in space.whole])
         if budget.max_macs is not None:
             caps["macs"] = caps.get("macs", 0.0) - self.over_macs
         for _ in range(MOST_CORRECTIONS):
             chosen = joint.propose(space, caps, weights, scale=self.scale, start=start)
-            if chosen is None and space is not self.joint and budget.max_macs is not None:
+            if chosen is None and space is not self.joint:
                 chosen = joint.propose(self.joint, caps, weights, scale=self.scale, start=start)
             if chosen is None or budget.max_macs is None:
                 return chosen

@@ -11,13 +11,14 @@ import onnx_ir as ir
 
 from featherweight.core import Action, Note, Profile, Site, Stage
 from featherweight.errors import TechniqueError
+from featherweight.graph import cost
 from featherweight.graph.weights import Weight, weights
 
 if TYPE_CHECKING:
     from featherweight.stats import Statistics
 
 
-LISTED = "weights of the model being estimated"
+LISTED, COUNTED = "weights of the model being estimated", "costs of the model being estimated"
 
 
 @dataclass
@@ -62,6 +63,15 @@ class Context:
         if name not in known[1]:
             raise TechniqueError(f"a site must be a float weight of the model, but there is none called {name!r}")
         found: Weight = known[1][name]
+        return found
+
+    def costs(self, model: ir.Model) -> cost.Costs:
+        """Operations and memory of `model` at the data's shapes, counted once a model: for options and estimates."""
+        known = self.cache.get(COUNTED)
+        if known is None or known[0] is not model:
+            counted = cost.costs(model, input_shapes=dict(self.input_shapes) or None)
+            known = self.cache[COUNTED] = (model, counted)
+        found: cost.Costs = known[1]
         return found
 
     def note(self, where: str, text: str) -> None:

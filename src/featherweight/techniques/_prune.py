@@ -19,7 +19,7 @@ import onnx_ir as ir
 from featherweight.core import Site
 from featherweight.errors import TechniqueError
 from featherweight.graph import channels as ch
-from featherweight.graph import cost, surgery
+from featherweight.graph import surgery
 from featherweight.graph.channels import Channels, Group, Reading
 from featherweight.graph.weights import Weight, weights
 from featherweight.techniques import _absorb, _obs
@@ -225,12 +225,7 @@ def widths(group: Group, channels: Channels, found: Ranked, *, thorough: bool) -
 
 def macs(model: ir.Model, ctx: Context) -> dict[str, int]:
     """Multiply-accumulates by node name (dotted in sub-graphs), counted once a model."""
-    known = ctx.cache.get("macs")
-    if known is None or known[0] is not model:
-        counted = cost.costs(model, input_shapes=dict(ctx.input_shapes) or None).nodes
-        known = ctx.cache["macs"] = (model, {n.name: n.macs or 0 for n in counted})
-    found: dict[str, int] = known[1]
-    return found
+    return {n.name: n.macs or 0 for n in ctx.costs(model).nodes}
 
 
 def compensate(model: ir.Model, removed: Sequence[tuple[Ranked, int]], ctx: Context) -> None:

@@ -88,6 +88,10 @@ class InputResolution:
         if grid is None:
             ctx.note(site.name, "the resolution stays: rows and columns of the input are not known")
             return []
+        placed = sorted({n.op_type for n in _windowed(_value(model, site), _POOLS - {"Flatten"})} & _PLACED)
+        if placed:
+            ctx.note(site.name, f"the resolution stays: {placed[0]} behind it speaks of places")
+            return []
         found = []
         for rows, columns in grid.options():
             why = _refused(model, site, (rows, columns), known, ctx)
@@ -105,8 +109,9 @@ class InputResolution:
         """
         small = surgery.copy_model(model)
         _insert(small, _value(small, site), _asked(action), _known(small, ctx))
-        before, after = (cost.costs(m, input_shapes=ctx.input_shapes) for m in (model, small))
-        work = [sum(n.macs or 0 for n in c.nodes if n.name in site.nodes) for c in (before, after)]
+        before, after = ctx.costs(model), cost.costs(small, input_shapes=ctx.input_shapes)
+        inside = set(site.nodes)
+        work = [sum(n.macs or 0 for n in c.nodes if n.name in inside) for c in (before, after)]
         share = work[1] / work[0] if work[0] else 1.0
         saved = after.peak_activation_bytes - before.peak_activation_bytes
         return Estimate(NODE_BYTES, 1.0 - share, share, activation_bytes=saved)
@@ -212,9 +217,6 @@ def _refused(model: ir.Model, site: Site, to: tuple[int, int], known: Sizes, ctx
     small = surgery.copy_model(model)
     _insert(small, _value(small, site), to, known)
     after = _known(small, ctx)
-    kinds = sorted({n.op_type for n in _windowed(_value(model, site), _POOLS - {"Flatten"})} & _PLACED)
-    if kinds:
-        return f"{kinds[0]} behind it speaks of places"
     for node in small.graph:
         if node.op_type not in _PRODUCTS:
             continue
@@ -226,13 +228,9 @@ def _refused(model: ir.Model, site: Site, to: tuple[int, int], known: Sizes, ctx
         before, now = (_dims(k.get(output.name or "")) for k in (known, after))
         if now is None or before != now:
             return f"the output {output.name!r} changes its shape with it" if now else NOT_KNOWN
-    counted, still = (
-        {n.name for n in cost.costs(m, input_shapes=ctx.input_shapes).nodes if n.macs is not None}
-        for m in (model, small)
-    )
-    if counted - still:
-        return NOT_KNOWN
-    return ""
+    costs = (ctx.costs(model), cost.costs(small, input_shapes=ctx.input_shapes))
+    counted, still = ({n.name for n in c.nodes if n.macs is not None} for c in costs)
+    return NOT_KNOWN if counted - still else ""
 
 
 def _dims(found: shapes.Known | None) -> tuple[int | None, ...] | None:
