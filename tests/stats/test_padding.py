@@ -52,3 +52,20 @@ def test_second_moments_are_those_of_the_tokens():
     stats = collect(model, [{"x": x, "attention_mask": MASK}])
     real = x[MASK == 1].astype(np.float64)
     assert stats.second_moment("w")[0] == pytest.approx(real.T @ real / 5, rel=1e-5)
+
+
+def test_ranges_and_histograms_are_those_of_the_tokens():
+    model = ir.from_proto(
+        onnx.parser.parse_model("""<ir_version: 10, opset_import: ["" : 21]>
+        g (float[B, T, 3] x, int64[B, T] attention_mask) => (float[B, T, 3] y, int64[B, T] m)
+        { y = Mul(x, x) m = Identity(attention_mask) }""")
+    )
+    x = np.random.default_rng(0).normal(size=(2, 4, 3)).astype(np.float32)
+    x[0, MASK[0] == 0], x[1, MASK[1] == 0] = 1e2, 1e3
+    found = collect(model, [{"x": x, "attention_mask": MASK}]).values["y"]
+    real = (x * x)[MASK == 1]
+    assert (found.low, found.high) == (real.min(), real.max())
+    assert found.channel_mean == pytest.approx(real.mean(axis=0), rel=1e-5)
+    assert found.counts.sum() == real.size
+    assert found.rows.shape == (5, 3)
+    assert found.row_span == pytest.approx(100)  # a scale set by the runtime sees the padding too

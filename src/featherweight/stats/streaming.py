@@ -200,7 +200,8 @@ def stream(
         for name, summary in summaries.items():
             x = got.get(name)
             if x is not None and x.dtype.kind == "f":
-                summary.add(x, rng)
+                real = padding.rows_shown(x.shape, mask) if summary.axis == -1 else None
+                summary.add(x, rng, real)
         tables.add(counts, got)
     return _moments(sums), _summaries(summaries), counts, samples
 

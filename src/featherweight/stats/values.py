@@ -34,12 +34,21 @@ class ValueSummary:
     histogram: Histogram = field(default_factory=Histogram)
     reservoir: Reservoir | None = None
 
-    def add(self, x: npt.NDArray[np.floating], rng: np.random.Generator) -> None:
-        """Add one batch of values (any shape)."""
+    def add(
+        self, x: npt.NDArray[np.floating], rng: np.random.Generator, real: npt.NDArray[np.int64] | None = None
+    ) -> None:
+        """Add one batch of values (any shape).
+
+        `real`: of the rows of all samples in turn those that are no padding, None for all. `row_span` counts all, as
+        the runtime does when it sets a scale.
+        """
         self.shape = tuple(x.shape)
         if not x.size:
             return
         rows = as_rows(x, self.axis)
+        self._span(rows, x)
+        if real is not None:
+            rows = rows.reshape(1, -1, rows.shape[2])[:, real]
         low, high = rows.min(axis=(0, 1)), rows.max(axis=(0, 1))
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             self.finite = False
@@ -47,19 +56,24 @@ class ValueSummary:
             low, high = rows.min(axis=(0, 1)), rows.max(axis=(0, 1))
         self.low, self.high = min(self.low, float(low.min())), max(self.high, float(high.max()))
         self._channels(rows, low, high)
-        if x.ndim > 1 and x.shape[0] > 1:
-            tops = np.abs(rows).max(axis=(1, 2))
-            if (tops > 0).any():
-                self.row_span = max(self.row_span, float(tops.max() / tops[tops > 0].min()))
         _, p, c = rows.shape
-        if p > POSITIONS:
-            rows = rows[:, np.sort(rng.choice(p, POSITIONS, replace=False))]
+        most = POSITIONS if real is None else POSITIONS * x.shape[0]
+        if p > most:
+            rows = rows[:, np.sort(rng.choice(p, most, replace=False))]
         sample = np.ascontiguousarray(rows.reshape(-1, c), dtype=np.float32)
         self.histogram.add(sample)
         if self.reservoir is None:
             self.reservoir = Reservoir(min(max(SAMPLE_VALUES // c, LEAST_ROWS), MOST_ROWS), c)
         if self.reservoir.channels == c:
             self.reservoir.add(sample, rng)
+
+    def _span(self, rows: F32, x: npt.NDArray[np.floating]) -> None:
+        if x.ndim < 2 or x.shape[0] < 2:
+            return
+        tops = np.abs(rows).max(axis=(1, 2))
+        tops = tops[np.isfinite(tops) & (tops > 0)]
+        if tops.size:
+            self.row_span = max(self.row_span, float(tops.max() / tops.min()))
 
     def _channels(self, rows: F32, low: F32, high: F32) -> None:
         total = rows.sum(axis=(0, 1), dtype=np.float32 if rows.shape[1] < 1 << 16 else np.float64)
