@@ -81,6 +81,20 @@ def report_error(e: BaseException, *, as_json: bool) -> None:
         click.echo(json.dumps(document, indent=1))
 
 
+@contextmanager
+def until_stopped(*, debug: bool, as_json: bool) -> Iterator[None]:
+    """Around a command that runs until it is stopped: Ctrl-C ends it without words, an error with one message."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except (FeatherweightError, MemoryError, OSError) as e:
+        if debug:
+            raise
+        report_error(e, as_json=as_json)
+        sys.exit(ERROR)
+
+
 def interrupted_words(out: Path | None) -> str:
     """What Ctrl-C left behind, as it is on disk."""
     if out is None or not out.is_dir():

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from featherweight.cli import _options as options
-from featherweight.cli._run import ERROR, INTERRUPTED, report_error
+from featherweight.cli._run import until_stopped
 from featherweight.cli._sections import Command, option
 from featherweight.errors import FeatherweightError
 
@@ -47,15 +47,8 @@ def command(*, debug: bool, as_json: bool, **asked: object) -> None:
     featherweight agent
     featherweight agent --host 0.0.0.0 --token-file token --tls-cert cert.pem --tls-key key.pem
     """
-    try:
+    with until_stopped(debug=debug, as_json=as_json):
         _agent(as_json=as_json, **asked)  # type: ignore[arg-type]  # click has checked each option's type
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-    except (FeatherweightError, MemoryError, OSError) as e:
-        if debug:
-            raise
-        report_error(e, as_json=as_json)
-        sys.exit(ERROR)
 
 
 def _agent(

@@ -9,9 +9,8 @@ from pathlib import Path
 import click
 
 from featherweight.cli import _options as options
-from featherweight.cli._run import ERROR, INTERRUPTED, report_error
+from featherweight.cli._run import until_stopped
 from featherweight.cli._sections import Command, option
-from featherweight.errors import FeatherweightError
 
 
 @click.command(cls=Command, short_help="Serve models over HTTP (Open Inference Protocol v2).")
@@ -48,15 +47,8 @@ def command(models: tuple[str, ...], *, debug: bool, as_json: bool, **asked: obj
     featherweight serve tail=run/tail.onnx whole=lite0.onnx --port 8001 --max-delay 2ms
     featherweight serve lite0.onnx --host 0.0.0.0 --token-file token --tls-cert cert.pem --tls-key key.pem
     """
-    try:
+    with until_stopped(debug=debug, as_json=as_json):
         _serve(models, as_json=as_json, **asked)  # type: ignore[arg-type]  # click has checked each option's type
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-    except (FeatherweightError, MemoryError, OSError) as e:
-        if debug:
-            raise
-        report_error(e, as_json=as_json)
-        sys.exit(ERROR)
 
 
 def _serve(
