@@ -106,6 +106,35 @@ def test_a_damaged_student_comes_back(folder: Path, tmp_path: Path, stages: tupl
     assert "KL divergence" in found.losses[0]
 
 
+@pytest.mark.parametrize(("teacher_rows", "student_rows"), [("n", 1), (1, "n"), (1, 1), (5, "n"), ("n", 5)])
+def test_a_fixed_batch_axis_is_kept_to(
+    folder: Path, tmp_path: Path, teacher_rows: int | str, student_rows: int | str
+) -> None:
+    """Exporters fix a batch of 1 in shapes and in what Reshape is told; more rows at a time would be nonsense."""
+    files = []
+    for source, rows in (("teacher.onnx", teacher_rows), ("noisy.onnx", student_rows)):
+        model = onnx.load(folder / source)
+        for value, shape in ((model.graph.input[0], [rows, 3, SIDE, SIDE]), (model.graph.output[0], [rows, CLASSES])):
+            value.CopyFrom(helper.make_tensor_value_info(value.name, TensorProto.FLOAT, shape))
+        flat = next(n for n in model.graph.node if n.op_type == "Flatten")
+        if rows != "n":
+            flat.op_type = "Reshape"
+            flat.input.append("shape")
+            width = 8
+            model.graph.initializer.append(numpy_helper.from_array(np.array([rows, width]), "shape"))
+        files.append(tmp_path / source)
+        onnx.save(model, files[-1])
+    found = fw.distill(
+        *files, folder / "data.npz", max_steps=30, threads=1, batch_size=15, metric="kl", rate=5e-3,
+        stages=("layers", "end"), out=tmp_path / "run",
+    )  # fmt: skip
+    assert found.before.drop is not None
+    assert found.after.drop is not None
+    assert found.after.drop < 0.9 * found.before.drop
+    shapes = [io.load(f).graph.inputs[0].shape for f in (found.model, files[1])]
+    assert shapes[0] == shapes[1]
+
+
 def test_each_block_goes_on_from_the_ones_before(folder: Path, tmp_path: Path) -> None:
     found = teach(folder, "deep.onnx", stages=("layers",), out=tmp_path / "run", rate=5e-3, max_steps=100)
     blocks = found.stages[0].blocks

@@ -238,7 +238,7 @@ def open_images(
         origin,
         groups,
         size,
-        size > 1 and inputs[0].rows is not None,
+        inputs[0].rows is not None,
         ((inputs[0].name, inputs[0].dtype),),
         tuple(notes),
     )

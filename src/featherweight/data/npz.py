@@ -210,7 +210,7 @@ def _stacked(
         )
     dtypes = wanted_types([(name, m.dtype, "") for name, m in columns], inputs, str(path), notes)
     origin = StackedNpz(str(path), columns, label, whole_rows)
-    return Dataset(origin, groups, size, bool(fixed) and size > 1, dtypes, tuple(notes))
+    return Dataset(origin, groups, size, bool(fixed) and not whole_rows, dtypes, tuple(notes))
 
 
 def _whole_rows(path: Path, columns: tuple[tuple[str, Member], ...], inputs: Sequence[InputSpec]) -> bool:

@@ -215,7 +215,7 @@ def open_text(
     )
     groups = tagged_groups(n, tags, size, full=rows is not None, where=str(path), notes=notes)
     return Dataset(
-        origin, groups, size, size > 1 and rows is not None, tuple((i.name, i.dtype) for i in inputs), tuple(notes)
+        origin, groups, size, rows is not None, tuple((i.name, i.dtype) for i in inputs), tuple(notes)
     )
 
 

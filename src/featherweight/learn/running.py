@@ -116,12 +116,7 @@ class Run:
         self.teacher, self.student_model = io.load(asked.teacher), io.load(self.student_path)
         for model in (self.teacher, self.student_model):
             surgery.sort(model)
-        specs = input_specs(self.teacher)
-        if sorted(s.name for s in specs) != sorted(s.name for s in input_specs(self.student_model)):
-            raise ModelError(
-                f"a student must take its teacher's inputs {sorted(s.name for s in specs)}, but takes "
-                f"{sorted(s.name for s in input_specs(self.student_model))}"
-            )
+        specs = students.shared_inputs(input_specs(self.teacher), input_specs(self.student_model))
         self._split(specs)
         identity = asked.identity() | {
             "teacher": io.sha256(asked.teacher), "student": io.sha256(self.student_path), "data": self._train.source

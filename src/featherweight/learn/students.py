@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from featherweight import convert
 from featherweight.convert import formats
 from featherweight.core import Note
 from featherweight.data import feeds
+from featherweight.data.dataset import Dim, InputSpec
 from featherweight.errors import ModelError
 from featherweight.graph import io, surgery
 from featherweight.graph.channels.follow import concrete
@@ -41,6 +42,21 @@ class Made:
     path: Path
     notes: tuple[Note, ...] = ()
     pairs: narrow.Pairs = ()
+
+
+def shared_inputs(teacher: Sequence[InputSpec], student: Sequence[InputSpec]) -> tuple[InputSpec, ...]:
+    """What both can be fed: the teacher's inputs, an axis fixed where either fixes it (a batch of 1, for instance).
+
+    The student must have its teacher's interface, as those of `make_student` have.
+    """
+    ours = {s.name: s.shape for s in student}
+    return tuple(replace(spec, shape=_fixed_in_either(spec.shape, ours[spec.name])) for spec in teacher)
+
+
+def _fixed_in_either(a: tuple[Dim, ...] | None, b: tuple[Dim, ...] | None) -> tuple[Dim, ...] | None:
+    if a is None or b is None:
+        return a or b
+    return tuple(y if isinstance(y, int) else x for x, y in zip(a, b, strict=True))
 
 
 def make_student(teacher: Path, spec: Any, out: Path, *, trust: bool = False) -> Made:
