@@ -214,9 +214,7 @@ def open_text(
         pad_to,
     )
     groups = tagged_groups(n, tags, size, full=rows is not None, where=str(path), notes=notes)
-    return Dataset(
-        origin, groups, size, rows is not None, tuple((i.name, i.dtype) for i in inputs), tuple(notes)
-    )
+    return Dataset(origin, groups, size, rows is not None, tuple((i.name, i.dtype) for i in inputs), tuple(notes))
 
 
 def _roles(inputs: Sequence[InputSpec]) -> tuple[tuple[tuple[str, str, np.dtype[np.generic]], ...], int | None]:
