@@ -11,6 +11,7 @@ from featherweight.core import Action, Profile, Silent, Site
 from featherweight.errors import TechniqueError
 from featherweight.graph import channels as ch
 from featherweight.graph import io, surgery
+from featherweight.graph.normalise import normalise
 from featherweight.runtime import ort
 from featherweight.search.options import structure_options
 from featherweight.stats import collect
@@ -202,3 +203,71 @@ def test_kept_channels_are_told():
     assert found is not None
     assert found[0] == 1
     assert found[1].tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def parsed(text: str, weights: dict[str, np.ndarray]) -> ir.Model:
+    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21]>\n{text}')
+    for name, values in weights.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(values), name))
+    return normalise(ir.from_proto(proto), run=None).model
+
+
+def noises(model: ir.Model, ctx: Context) -> dict[int, float]:
+    """Estimated noise by units kept, of the only group."""
+    (site,) = PRUNE.sites(model)
+    return {int(a.get("keep")): PRUNE.estimate(model, site, a, ctx).noise for a in PRUNE.options(model, site, ctx)}
+
+
+TWO_TOWERS = """g (float[N, 6] x, float[M, 6] z) => (float[N, M] y) {
+  p = MatMul(x, w1)
+  q = MatMul(z, w2)
+  t = Transpose<perm = [1, 0]>(q)
+  y = MatMul(p, t)
+}"""
+
+
+def test_channels_that_no_stored_weight_reads_are_not_free():
+    """x w1 (z w2)^T with white inputs: unit u gives |w1[:, u]|^2 |w2[:, u]|^2 of the product's power."""
+    rng = np.random.default_rng(0)
+    w1, w2 = (rng.normal(size=(6, 8)).astype(np.float32) for _ in range(2))
+    w1[:, 3] *= 1e-3
+    model = parsed(TWO_TOWERS, {"w1": w1, "w2": w2})
+    found = noises(model, Context(PROFILE, None))
+    power = np.sort((w1**2).sum(axis=0) * (w2**2).sum(axis=0))
+    assert found[7] == pytest.approx(power[0] / power.sum(), rel=1e-4)
+    assert found[3] == pytest.approx(power[:5].sum() / power.sum(), rel=1e-4)
+    smaller = pruned(model, 7, Context(PROFILE, None))
+    assert array(smaller, "w1").shape == (6, 7)
+    np.testing.assert_allclose(array(smaller, "w1"), np.delete(w1, 3, axis=1))
+
+
+def test_its_preview_answers_as_the_cut_model():
+    rng = np.random.default_rng(1)
+    w1, w2 = (rng.normal(size=(6, 8)).astype(np.float32) for _ in range(2))
+    model, ctx = parsed(TWO_TOWERS, {"w1": w1, "w2": w2}), Context(PROFILE, None)
+    (site,) = PRUNE.sites(model)
+    feed = {"x": rng.normal(size=(4, 6)).astype(np.float32), "z": rng.normal(size=(5, 6)).astype(np.float32)}
+    shown = PRUNE.preview(model, site, Action.of("channel_prune", keep=3), ctx)
+    answers = [ort.session(io.to_bytes(m)).run(feed)["y"] for m in (shown, pruned(model, 3, ctx), model)]
+    np.testing.assert_allclose(answers[0], answers[1], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(answers[1], answers[2], rtol=0.1)
+
+
+def test_a_channel_that_only_a_mean_sees_is_not_dead():
+    """Nothing reads unit 2 but the mean over all channels, that gates them."""
+    rng = np.random.default_rng(2)
+    w1, w2 = rng.normal(size=(6, 8)).astype(np.float32), rng.normal(size=(8, 3)).astype(np.float32)
+    w2[2] = 0
+    model = parsed(
+        """g (float[N, 6] x) => (float[N, 3] y) {
+          a = MatMul(x, w1)
+          m = ReduceMean<keepdims = 1>(a, axes)
+          s = MatMul(m, one)
+          g = Sigmoid(s)
+          b = MatMul(a, w2)
+          y = Mul(b, g)
+        }""",
+        {"w1": w1, "w2": w2, "axes": np.array([1]), "one": np.ones((1, 1), np.float32)},
+    )
+    feeds = [{"x": rng.normal(size=(64, 6)).astype(np.float32)} for _ in range(4)]
+    assert min(noises(model, context(model, feeds)).values()) > 0.01

@@ -22,7 +22,7 @@ from featherweight.graph import channels as ch
 from featherweight.graph import surgery
 from featherweight.graph.channels import Channels, Group, Reading
 from featherweight.graph.weights import Weight, weights
-from featherweight.techniques import _absorb, _obs
+from featherweight.techniques import _absorb, _ends, _obs
 from featherweight.techniques._protocol import Context
 
 F32 = npt.NDArray[np.float32]
@@ -40,14 +40,16 @@ NOTHING = 1e-12
 class Ranked:
     """A group with its units in the order in which they go.
 
-    `noise` (units, readings): E||dy||^2 / E||y - mean y||^2 of each reading after the first n + 1 units went;
-    `most`: how many may go without emptying anything.
+    `noise` (units, tensors): E||dy||^2 / E||y - mean y||^2 at each reader after the first n + 1 units went; where
+    channels end without a reader, their share of what their makers give. `tensors`: names of those, one a column;
+    `most`: how many units may go without emptying anything.
     """
 
     group: Group
     order: I64
     noise: F64
     most: int
+    tensors: tuple[str, ...]
 
     def removed(self, keep: int) -> I64:
         """Classes of slots that go when `keep` units stay."""
@@ -55,7 +57,7 @@ class Ranked:
         return np.concatenate([np.zeros(0, np.int64), *[self.group.units[int(u)] for u in gone]])
 
     def noise_at(self, keep: int) -> F64:
-        """Noise of each reading when `keep` units stay."""
+        """Noise at each of `tensors` when `keep` units stay."""
         gone = len(self.group.units) - keep
         return self.noise[gone - 1] if gone else np.zeros(self.noise.shape[1])
 
@@ -111,11 +113,17 @@ def _ranked(channels: Channels, group: Group, model: ir.Model, ctx: Context) -> 
     if group.parts is not None:
         group = _paired_by_weight(channels, group, model, ctx)
     consumers = [_consumer(model, r, ctx) for r in group.readings]
+    ending = _ends.ending(channels, group)
+    if not consumers or ending.any():
+        makers, share = _ends.shares(channels, group, model, ctx)
+        share = share if not consumers else np.where(ending, share, 0.0)
+    else:
+        makers, share = (), np.zeros(len(group.units))
     if not consumers:
-        order = np.arange(len(group.units))
-        return _within_floors(group, order, np.zeros((len(order), 0)))
+        order = np.argsort(share, kind="stable")
+        return _within_floors(group, order, _spread(share[order], makers), makers)
     scales = [_gain(ctx, r) / max(c.signal, 1e-30) for r, c in zip(group.readings, consumers, strict=True)]
-    silent = _silent(group, consumers)
+    silent = [u for u in _silent(group, consumers) if not share[u]]
     rest = [u for u in range(len(group.units)) if u not in silent]
     order, errors = _obs.removal_order(
         [c.matrix for c in consumers],
@@ -125,7 +133,14 @@ def _ranked(channels: Channels, group: Group, model: ir.Model, ctx: Context) -> 
     )
     signals = np.array([max(c.signal, 1e-30) for c in consumers])
     noise = np.concatenate([np.zeros((len(silent), len(consumers))), np.maximum(errors, 0.0) / signals])
-    return _within_floors(group, np.array([*silent, *(rest[i] for i in order)], np.int64), noise)
+    going = np.array([*silent, *(rest[i] for i in order)], np.int64)
+    noise = np.concatenate([noise, _spread(share[going], makers)], axis=1)
+    return _within_floors(group, going, noise, (*(r.tensor for r in group.readings), *makers))
+
+
+def _spread(share: F64, makers: Sequence[str]) -> F64:
+    """(units, makers): what is gone after each unit, dealt out among the makers."""
+    return np.repeat(np.cumsum(share)[:, None], len(makers), axis=1) / max(len(makers), 1)
 
 
 def _silent(group: Group, consumers: Sequence[_Consumer]) -> list[int]:
@@ -189,7 +204,7 @@ def _paired_by_weight(channels: Channels, group: Group, model: ir.Model, ctx: Co
     return group if ch.cuttable(channels, half) or ch.cuttable(channels, one) else paired
 
 
-def _within_floors(group: Group, order: I64, noise: F64) -> Ranked:
+def _within_floors(group: Group, order: I64, noise: F64, tensors: tuple[str, ...]) -> Ranked:
     """Units that a floor needs go to the end."""
     left = [len(f) for f in group.floors]
     where = [[i for i, f in enumerate(group.floors) if u in f] for u in range(len(order))]
@@ -200,7 +215,7 @@ def _within_floors(group: Group, order: I64, noise: F64) -> Ranked:
             for i in where[u]:
                 left[i] -= 1
     staying = [u for u in order.tolist() if u not in set(going)]
-    return Ranked(group, np.array([*going, *staying], np.int64), noise, len(going))
+    return Ranked(group, np.array([*going, *staying], np.int64), noise, len(going), tensors)
 
 
 def widths(group: Group, channels: Channels, found: Ranked, *, thorough: bool) -> list[int]:

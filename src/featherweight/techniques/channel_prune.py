@@ -18,7 +18,7 @@ from featherweight.core import Action, Site, Stage
 from featherweight.errors import TechniqueError
 from featherweight.graph import channels as ch
 from featherweight.graph import surgery
-from featherweight.techniques import _prune
+from featherweight.techniques import _ends, _prune
 from featherweight.techniques._protocol import Context, Estimate, Technique
 
 PENDING = "featherweight.channel_prune"
@@ -69,8 +69,8 @@ class ChannelPrune:
                 before += counted.get(where, 0)
                 after += counted.get(where, 0) * channels.work_left(node, gone)
         noise: dict[str, float] = {}
-        for reading, value in zip(found.group.readings, found.noise_at(keep), strict=True):
-            noise[reading.tensor] = noise.get(reading.tensor, 0.0) + float(value)
+        for source, value in zip(found.tensors, found.noise_at(keep), strict=True):
+            noise[source] = noise.get(source, 0.0) + float(value)
         work = after / before if before else 1.0
         return Estimate(int(size), sum(noise.values()), work, tuple(noise.items()))
 
@@ -89,9 +89,11 @@ class ChannelPrune:
 
     def preview(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> ir.Model:
         """A copy that answers as the cut model would, with zeros where channels would go: no cutting, so cheaper."""
-        found = _prune.ranked(model, _prune.group_of(_prune.analysis(model, ctx), site.name), ctx)
-        copy = surgery.copy_model(model)
-        _prune.compensate(copy, [(found, _keep(action, found))], ctx)
+        channels = _prune.analysis(model, ctx)
+        found, copy = _prune.ranked(model, _prune.group_of(channels, site.name), ctx), surgery.copy_model(model)
+        keep = _keep(action, found)
+        _prune.compensate(copy, [(found, keep)], ctx)
+        _ends.silence(copy, channels, found.removed(keep))
         return copy
 
     def finish(self, model: ir.Model, ctx: Context) -> None:

@@ -11,7 +11,7 @@ from featherweight.graph import channels as ch
 from featherweight.graph import surgery
 from featherweight.graph.channels.follow import CONTRACTIONS, Following
 
-SUMS = ("ReduceMean", "ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare")
+SUMS = ("ReduceMean", "ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceMax", "ReduceMin")
 
 
 def masked(model: ir.Model, found: ch.Channels, removed: Iterable[int]) -> ir.Model:

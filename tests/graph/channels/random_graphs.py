@@ -127,8 +127,8 @@ def _squeeze_excite_linear(b: Builder) -> None:
 
 def _spatial_gate(b: Builder) -> None:
     mean = b.one("ReduceMean", b.x, b.ints(1), keepdims=1)
-    total = b.one("ReduceSum", b.x, b.ints(1), keepdims=1)
-    gate = b.one("Sigmoid", b.conv(b.one("Concat", mean, total, axis=1), 2, 1, 3))
+    other = b.one(str(b.rng.choice(["ReduceSum", "ReduceMax", "ReduceMin"])), b.x, b.ints(1), keepdims=1)
+    gate = b.one("Sigmoid", b.conv(b.one("Concat", mean, other, axis=1), 2, 1, 3))
     b.x = b.one("Mul", b.x, gate)
 
 
@@ -212,6 +212,28 @@ def _dynamic_shape(b: Builder) -> None:
     b.x, b.c = b.one("Reshape", b.one("Relu", half), shape), 6
 
 
+def _merged_with_batch(b: Builder) -> None:
+    flat = b.one("Tanh", b.one("Reshape", b.x, b.ints(-1, b.hw * b.hw)))
+    b.x = b.one("Reshape", flat, b.ints(-1, b.c, b.hw, b.hw))
+
+
+def _over_space(b: Builder) -> None:
+    op = str(b.rng.choice(["ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSumExp"]))
+    seen = b.one(op, b.x, b.ints(2, 3), keepdims=1)
+    top = b.one("GlobalMaxPool", b.one("LpNormalization", b.x, axis=3, p=2))
+    chosen = b.one("Where", b.one("Greater", seen, b.const(np.float32(0.5))), seen, top)
+    b.x = b.one(
+        "Mul", b.one("LRN", b.x, size=1) if b.rng.integers(2) else b.x, b.one("Tile", chosen, b.ints(1, 1, 1, 1))
+    )
+
+
+def _sums_along(b: Builder) -> None:
+    summed = b.one("CumSum", b.x, b.const(np.array(3, np.int64)))
+    best, place = b.node("TopK", summed, b.ints(1), outputs=2, axis=3)
+    found = b.one("Cast", b.one("Add", place, b.one("ArgMax", b.x, axis=3, keepdims=1)), to=TensorProto.FLOAT)
+    b.x = b.one("Add", b.x, b.one("Mul", best, b.one("Sin", found)))
+
+
 def _mlp(b: Builder) -> None:
     inner = b.one("Gelu", b.linear(b.x, b.c, 12))
     b.x = b.one("Add", b.x, b.linear(inner, 12, b.c))
@@ -270,6 +292,29 @@ def _attention_one_head(b: Builder) -> None:
     b.x = b.linear(b.one("MatMul", weights, v), 8, b.c)
 
 
+def _attention_folded(b: Builder) -> None:
+    """Heads in the batch axis, as torch's MultiheadAttention has them."""
+    if b.rng.integers(2):  # behind batch and heads as axes
+        q, k, v = (b.one("Reshape", _heads(b, b.linear(b.x, b.c, 12), 4, 3), b.ints(-1, TOKENS, 3)) for _ in range(3))
+        out = _folded(b, q, k, v)
+        four = b.one("Reshape", out, b.ints(-1, 4, TOKENS, 3))
+        mixed = b.one("Reshape", b.one("Transpose", four, perm=[0, 2, 1, 3]), b.ints(0, 0, 12))
+    else:  # (length, batch, width) to (length, batch * heads, size)
+        first = b.one("Transpose", b.x, perm=[1, 0, 2])
+        q, k, v = (
+            b.one("Transpose", b.one("Reshape", b.linear(first, b.c, 12), b.ints(TOKENS, -1, 3)), perm=[1, 0, 2])
+            for _ in range(3)
+        )
+        out = b.one("Transpose", _folded(b, q, k, v), perm=[1, 0, 2])
+        mixed = b.one("Transpose", b.one("Reshape", out, b.ints(TOKENS, -1, 12)), perm=[1, 0, 2])
+    b.x = b.one("Add", b.x, b.linear(mixed, 12, b.c))
+
+
+def _folded(b: Builder, q: str, k: str, v: str) -> str:
+    score = b.one("MatMul", q, b.one("Transpose", k, perm=[0, 2, 1]))
+    return b.one("MatMul", b.one("Softmax", score, axis=-1), v)
+
+
 def _recurrent(b: Builder) -> None:
     kind = str(b.rng.choice(["LSTM", "GRU", "RNN"]))
     gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[kind]
@@ -289,14 +334,14 @@ IMAGE_BLOCKS: dict[str, Block] = {
         _conv, _depthwise, _depthwise_multiplier, _grouped, _residual, _concat_self, _branches, _split, _glu, _slices,
         _gather, _shuffle, _squeeze_excite, _squeeze_excite_linear, _spatial_gate, _ghost, _batch_norm, _instance_norm,
         _group_norm, _group_norm_spelled, _layer_norm_islands, _norm_spelled, _pixel_shuffle, _space_to_depth,
-        _conv_transpose, _parameters, _pad_and_pool, _dynamic_shape,
+        _conv_transpose, _parameters, _pad_and_pool, _dynamic_shape, _merged_with_batch, _over_space, _sums_along,
     )
 }  # fmt: skip
 TOKEN_BLOCKS: dict[str, Block] = {
     f.__name__[1:]: f
     for f in (
         _mlp, _pre_norm, _attention, _attention_packed, _attention_stacked, _attention_grouped,
-        _attention_one_head, _recurrent,
+        _attention_one_head, _attention_folded, _recurrent,
     )
 }  # fmt: skip
 

@@ -265,3 +265,78 @@ def test_joined_finds_components_as_a_search_does():
             for x, y in zip(a, b, strict=True):
                 seen[x] = seen[y] = min(seen[x], seen[y])
         assert joined(n, a, b).tolist() == seen
+
+
+def test_a_computed_size_that_mixes_channels_and_batch_freezes():
+    found = model(
+        """g (float[N, 3, 4, 4] x) => (float[N, 2, 4, 4] y) {
+          [first] a = Conv(x, w0)
+          n = Shape<start = 0, end = 1>(x)
+          rows = Mul(n, four)
+          sizes = Concat<axis = 0>(rows, rest)
+          b = Reshape(a, sizes)
+          c = Relu(b)
+          d = Reshape(c, back)
+          y = Conv(d, w1)
+        }""",
+        {"w0": (4, 3, 1, 1), "w1": (2, 4, 1, 1)},
+        {"four": [4], "rest": [16], "back": [-1, 4, 4, 4]},
+    )
+    channels = ch.analyse(found)
+    assert not channels.groups
+    assert any("size that also depends on the batch" in note.text for note in channels.frozen)
+
+
+def test_positions_of_a_pool_freeze():
+    found = model(
+        """g (float[N, 3, 4, 4] x) => (float[N, 2, 2, 2] y) {
+          a = Conv(x, w0)
+          p, at = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(a)
+          f = Cast<to = 1>(at)
+          s = Add(p, f)
+          y = Conv(s, w1)
+        }""",
+        {"w0": (4, 3, 1, 1), "w1": (2, 4, 1, 1)},
+    )
+    channels = ch.analyse(found)
+    assert not channels.groups
+    assert any("MaxPool, whose positions are used" in note.text for note in channels.frozen)
+
+
+def test_a_table_that_is_looked_up_along_its_width_freezes():
+    found = model(
+        """g (float[N, 6] x, int64[N] ids) => (float[N, 4] y) {
+          e = Gather<axis = 1>(table, ids)
+          m = ReduceMean<keepdims = 0>(e)
+          a = MatMul(x, table)
+          r = Relu(a)
+          b = MatMul(r, w)
+          y = Add(b, m)
+        }""",
+        {"table": (6, 10), "w": (10, 4)},
+    )
+    channels = ch.analyse(found)
+    assert not channels.groups
+    assert any("'table' is also read by" in note.text for note in channels.frozen)
+
+
+@pytest.mark.parametrize(("op", "sign"), [("ReduceMax", -1.0), ("ReduceMin", 1.0)])
+def test_the_largest_of_fewer_channels_still_counts_the_zeros(op: str, sign: float):
+    """A channel that is always 0 is the largest of negative ones; without it something must stand for it."""
+    found = model(
+        f"""g (float[N, 3, 4, 4] x) => (float[N, 1, 4, 4] y) {{
+          a = Conv(x, w0, b0)
+          y = {op}<keepdims = 1>(a, axes)
+        }}""",
+        {"w0": (4, 3, 1, 1), "b0": (4,)},
+        {"axes": [1]},
+    )
+    dead = np.array([1, 1, 0, 1], np.float32)
+    surgery.set_initializer(found.graph.initializers["w0"], np.zeros((4, 3, 1, 1), np.float32))
+    surgery.set_initializer(found.graph.initializers["b0"], sign * dead)
+    feed = {"x": np.ones((1, 3, 4, 4), np.float32)}
+    before = ort.session(io.to_bytes(found)).run(feed)["y"]
+    assert not before.any()
+    channels = ch.analyse(found)
+    ch.cut(channels, removed(channels.groups[0], 2))
+    np.testing.assert_array_equal(ort.session(io.to_bytes(found)).run(feed)["y"], before)

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from featherweight.graph.channels import contracting, elementwise, recurrent, reshaping, selecting, summing
 from featherweight.graph.channels.cutting import KEPT, IllegalCutError, cut_slots, kept
-from featherweight.graph.channels.follow import Rule, concrete, follow
+from featherweight.graph.channels.follow import Rule, follow
 from featherweight.graph.channels.groups import Channels, Group, Reading, grouped, repaired
 
 RULES: dict[str, Rule] = {
@@ -43,7 +43,7 @@ def analyse(model: ir.Model, input_shapes: Mapping[str, tuple[int, ...]] | None 
     `input_shapes`: concrete sizes at which the graph's shapes are computed; open axes not given count as 2 samples
     and 32 elsewhere. The model is not changed.
     """
-    return grouped(follow(model, RULES, concrete(model, input_shapes)))
+    return grouped(follow(model, RULES, input_shapes))
 
 
 def cut(channels: Channels, removed: Iterable[int]) -> None:

@@ -261,6 +261,7 @@ class MatrixProduct:
         other = [x is not None and x.shape[2 * rank - 3 - r] > 1 for x, r in zip(sides, reduced, strict=True)]
         if all(k) and not any(other) and sides[0] is not None and sides[1] is not None:
             f.slots.link(sides[0].reshape(-1), sides[1].reshape(-1))
+            f.ends += [(node, 0), (node, 1)]
             f.work[node] = [(1.0, [sides[0].reshape(-1)])]
         elif sum(other) == 1 and not any(k):
             which = other.index(True)

@@ -182,6 +182,7 @@ def cut_slots(f: Following, rules: Mapping[str, Rule], gone: npt.NDArray[np.bool
             if gone[own].any() and axis not in c.axes.get(base, {}) and base not in c.replaced:
                 raise IllegalCutError(f"these channels cannot be removed: nothing cuts axis {axis} of {base.name!r}")
     if not dry:
+        f.other_sizes()
         _commit(c)
 
 
@@ -245,7 +246,7 @@ def _restate(c: Cutting) -> None:
         if value.shape is not None and len(value.shape) == old.ndim:
             value.shape = ir.Shape([left.shape[a] if old.shape[a] > 1 else d for a, d in enumerate(value.shape)])
         axes = varying(old)
-        if len(axes) == 1:
+        if len(axes) == 1 and not c.f.is_open(value, axes[0]):
             indices = positions(old, left).reshape(-1)
             earlier = kept(value)
             if earlier is not None and earlier[0] == axes[0]:

@@ -104,7 +104,10 @@ class Pooling:
     """Pools look at one channel at a time."""
 
     def link(self, node: ir.Node, f: Following) -> None:
-        """Axis 1 goes on."""
+        """Axis 1 goes on; where MaxPool also says where it found the largest, that counts all channels."""
+        if len(node.outputs) > 1 and node.outputs[1].uses():
+            f.freeze(node, f"goes through {node.op_type}, whose positions are used", node.inputs[0])
+            return
         _along_channel_axis(node, f)
 
     def cut(self, node: ir.Node, c: Cutting) -> None:

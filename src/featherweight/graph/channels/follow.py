@@ -72,6 +72,7 @@ class Following:
     model: ir.Model
     sizes: dict[str, tuple[int, ...]]
     names: Mapping[ir.Node, str]
+    given: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     slots: Slots = field(default_factory=Slots)
     at: dict[ir.Value, I64] = field(default_factory=dict)
     stored: dict[ir.Value, dict[int, I64]] = field(default_factory=dict)
@@ -82,8 +83,32 @@ class Following:
     shares: dict[ir.Value, list[I64]] = field(default_factory=dict)
     work: dict[ir.Node, list[tuple[float, list[I64]]]] = field(default_factory=dict)
     summed: dict[ir.Value, I64] = field(default_factory=dict)
+    ends: list[tuple[ir.Node, int]] = field(default_factory=list)
     handled: set[tuple[ir.Node, int]] = field(default_factory=set)
     constant: dict[ir.Value, bool] = field(default_factory=dict)
+    spread: bool = False
+    _other: dict[str, tuple[int, ...]] | None = None
+
+    def is_open(self, value: ir.Value | None, axis: int) -> bool:
+        """True if the size of this axis differs from call to call, as where channels are merged with the batch."""
+        here, there = self.dims(value), self.other_sizes().get((value.name or "") if value is not None else "")
+        if surgery.constant_tensor(value) is not None:
+            return False
+        return here is None or there is None or len(here) != len(there) or here[axis] != there[axis]
+
+    def other_sizes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes at other sizes of the open axes; found once, which must be before the model is edited."""
+        if self._other is None:
+            self._other = concrete(self.model, self.given, other=True)
+        return self._other
+
+    def open_axes(self, value: ir.Value, array: I64) -> tuple[int, ...]:
+        """Axes of open size along which channels `array` of `value` are different ones, not places of the same."""
+        suspects = [a for a in varying(array) if self.is_open(value, a)]
+        if not suspects:
+            return ()
+        classes = self.slots.classes()[array]
+        return tuple(a for a in suspects if (classes != classes.take([0], axis=a)).any())
 
     def dims(self, value: ir.Value | None) -> tuple[int, ...] | None:
         """The value's concrete shape, None if it is not known."""
@@ -246,19 +271,29 @@ def constant_axes(value: ir.Value | None, full: I64) -> tuple[Stored, tuple[int,
     return found, axes, tuple(a for a in varying(full) if a not in has)
 
 
-def concrete(model: ir.Model, given: Mapping[str, tuple[int, ...]] | None) -> dict[str, tuple[int, ...]]:
-    """Shapes of all values at concrete input sizes: those given, else 2 samples and 32 for other open axes."""
+def concrete(
+    model: ir.Model, given: Mapping[str, tuple[int, ...]] | None, *, other: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of all values at concrete input sizes: those given, else 2 samples and 32 for other open axes.
+
+    `other`: at another size of every open axis, one sample more and twice as long.
+    """
     inputs = dict(given or {})
     for value in model.graph.inputs:
-        if value.name and value.name not in inputs and value.shape is not None and not value.is_initializer():
-            opened = [d if isinstance(d, int) else (2 if a == 0 else 32) for a, d in enumerate(value.shape)]
-            inputs[value.name] = tuple(opened)
+        if value.name and value.shape is not None and not value.is_initializer():
+            sizes = inputs.get(value.name) or [
+                d if isinstance(d, int) else (2 if a == 0 else 32) for a, d in enumerate(value.shape)
+            ]
+            inputs[value.name] = tuple(
+                n if isinstance(d, int) or not other else n + 1 if a == 0 else 2 * n
+                for a, (n, d) in enumerate(zip(sizes, value.shape, strict=False))
+            )
     return {name: k.sizes for name, k in shapes.infer(model, inputs).items() if k.sizes is not None}
 
 
-def follow(model: ir.Model, rules: Mapping[str, Rule], sizes: dict[str, tuple[int, ...]]) -> Following:
-    """Walk all nodes in order, bodies of control flow included."""
-    f = Following(model, sizes, surgery.paths(model))
+def follow(model: ir.Model, rules: Mapping[str, Rule], given: Mapping[str, tuple[int, ...]] | None = None) -> Following:
+    """Walk all nodes in order, bodies of control flow included. `given`: concrete sizes of inputs, see `concrete`."""
+    f = Following(model, concrete(model, given), surgery.paths(model), given or {})
     _walk(model.graph, f, rules)
     for value in model.graph.outputs:
         if value in f.at:

@@ -63,8 +63,13 @@ class Reshaping:
         if len(np.unique(compact)) < compact.size:  # a channel became several places
             fresh = f.slots.new(compact.shape)
             f.slots.link(fresh, compact)
-            compact = fresh
+            compact, f.spread = fresh, True
+        elif f.spread and len(varying(compact)) > 1:
+            compact = _gathered(f, compact)
         axes = varying(compact)
+        if any(_held_size(f, node, a) not in (-1, 0) for a in f.open_axes(out, compact)):
+            f.freeze(node, f"goes through {node.op_type} to a size that also depends on the batch or a length", source)
+            return
         if len(axes) > 1:
             rows = compact.reshape(compact.shape[axes[0]], -1)
             f.constraints.append(Constraint(rows, equal=False))
@@ -95,7 +100,38 @@ class Reshaping:
         c.put(node, out, compact)
         if node.op_type == "Reshape":
             changed = {a: n for a, n in enumerate(compact.shape) if n != target.shape[a] and target.shape[a] > 1}
-            c.set_sizes(node, 1, changed, len(outside))
+            found = [a for a in changed if c.f.is_open(out, a) and _held_size(c.f, node, a) in (-1, 0)]
+            c.set_sizes(node, 1, {a: n for a, n in changed.items() if a not in found}, len(outside))
+
+
+def _held_size(f: Following, node: ir.Node, axis: int) -> int | None:
+    """The size that a Reshape holds for an axis of its output; -1 and 0 find themselves. None if it is computed."""
+    if node.op_type != "Reshape":
+        return -1
+    if _int(node, "allowzero", 0):
+        return None
+    value = node.inputs[1]
+    maker = value.producer() if value is not None else None
+    parts = list(maker.inputs) if maker is not None and maker.op_type == "Concat" else [value]
+    for part in parts:
+        found, size = surgery.constant(part), f.dims(part)
+        if size is None or len(size) != 1:
+            return None
+        if axis < size[0]:
+            return None if found is None else int(found[axis])
+        axis -= size[0]
+    return None
+
+
+def _gathered(f: Following, array: I64) -> I64:
+    """Places of one channel that lie along an axis of their own again count as one, as heads behind their batch."""
+    classes = f.slots.classes()[array]
+    compact = _compacted(classes)
+    if compact.shape == array.shape:
+        return array
+    fresh = f.slots.new(compact.shape)
+    f.slots.link(fresh, array)
+    return fresh
 
 
 def _sides(array: I64, before: tuple[int, ...], after: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -248,6 +284,9 @@ class Resizing:
         array = array.reshape((1,) * (len(after) - array.ndim) + array.shape)
         if any(after[a] != array.shape[a] for a in varying(array)) or not _quiet(node, array):
             f.freeze(node, f"goes through {node.op_type} along its own axis", source)
+            return
+        if f.open_axes(out, array):
+            f.freeze(node, f"goes through {node.op_type} on an axis that is also the batch or a length", source)
             return
         f.carry(out, array)
 

@@ -101,7 +101,7 @@ class Parting:
             for v in node.outputs:
                 f.carry(v, array)
             return
-        if any(s is None for s in sizes):
+        if any(s is None for s in sizes) or axis in f.open_axes(source, array):
             f.freeze(node, "is split into parts of unknown size", source)
             return
         start = 0
@@ -165,6 +165,9 @@ class Picking:
             return
         self._no_channel_indices(node, f)
         moving = {a: i for a, i in picked.items() if array.shape[a] > 1}
+        if set(moving).intersection(f.open_axes(source, array)):
+            f.freeze(node, f"goes through {node.op_type} along an axis that is also the batch or a length", source)
+            return
         for axis, indices in moving.items():
             taken = array.take(indices.reshape(-1), axis=axis)
             if len(np.unique(indices)) == 1 and varying(array) == (axis,):
@@ -190,10 +193,11 @@ class Picking:
 
     def _table(self, node: ir.Node, f: Following) -> bool:
         """Link a lookup in a stored table; False if the first input is no table."""
-        table = f.tensor(node, 0)
+        table = stored(node.inputs[0])
         axis = _int(node, "axis", 0)
         if table is None or f.is_constant(node.inputs[1] or node.outputs[0]) or len(table.shape) != 2 or axis % 2:
             return False
+        f.tensor(node, 0)  # now it is known how it is read
         self._no_channel_indices(node, f)
         f.slots.freeze(f.axis(table, 0), f.where(node), "rows are looked up by number")
         width, rank = f.axis(table, 1, born_at=f.where(node)), len(f.dims(node.outputs[0]) or ())
@@ -291,7 +295,12 @@ class Asking:
     """What is computed from a shape keeps seeing the sizes before the cut; shapes that hold channels are rewritten."""
 
     def link(self, node: ir.Node, f: Following) -> None:
-        """Nothing is carried on."""
+        """Nothing is carried on; a size that is more than the number of channels cannot be put back."""
+        source = node.inputs[0]
+        if source is None or source not in f.at:
+            return
+        if node.op_type == "Size" or f.open_axes(source, f.at[source]):
+            f.freeze(node, "has its size read, which also depends on the batch or a length", source)
 
     def cut(self, node: ir.Node, c: Cutting) -> None:
         """Put the old sizes in place of those that changed."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import onnx_ir as ir
 
@@ -23,6 +25,11 @@ class Summing:
 
     SUMS = frozenset({"ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare"})
 
+    #: What makes the answer over fewer channels that over all with the others at zero; None: times the share left.
+    MENDED: ClassVar[dict[str, tuple[str, float | None]]] = {
+        "ReduceMean": ("Mul", None), "ReduceMax": ("Max", 0.0), "ReduceMin": ("Min", 0.0)
+    }  # fmt: skip
+
     def link(self, node: ir.Node, f: Following) -> None:
         """See the class."""
         source, out = node.inputs[0], node.outputs[0]
@@ -41,6 +48,7 @@ class Summing:
                 return
             if len(rows) == 1:
                 f.summed[out] = rows
+                f.ends.append((node, 0))
                 return
             f.slots.tie(rows, f.where(node), "a sum over these channels keeps their other axis")
             for a in over:
@@ -53,7 +61,7 @@ class Summing:
         return array.reshape(tuple(n for a, n in enumerate(array.shape) if a not in axes))
 
     def cut(self, node: ir.Node, c: Cutting) -> None:
-        """A mean over fewer channels is scaled to what it was with the others at zero."""
+        """Over fewer channels the answer is brought to what it was with the others at zero."""
         source, out = node.inputs[0], node.outputs[0]
         old = c.old(source)
         if source is None or old is None:
@@ -64,16 +72,17 @@ class Summing:
             for a in axes:
                 now = now.take([0], axis=a) if now.shape[a] > 1 else now
             c.put(node, out, self._shaped(node, now, axes))
-        elif node.op_type == "ReduceMean" and now.size != old.size:
-            factor = now.size / old.size
-            c.edits.append(lambda namer: _scale(out, factor, namer))
+        elif now.size != old.size and node.op_type in self.MENDED:
+            op_type, number = self.MENDED[node.op_type]
+            with_number = now.size / old.size if number is None else number
+            c.edits.append(lambda namer: _behind(out, op_type, with_number, namer))
 
 
-def _scale(value: ir.Value, factor: float, namer: surgery.Namer) -> None:
+def _behind(value: ir.Value, op_type: str, number: float, namer: surgery.Namer) -> None:
     graph = surgery.graph_of(value)
     dtype = value.dtype.numpy() if value.dtype is not None else np.dtype(np.float32)
-    by = surgery.add_initializer(graph, namer(f"{value.name}.share"), np.array(factor, dtype))
-    node = surgery.make_node(namer, "Mul", [value, by], f"{value.name}.scaled")
+    by = surgery.add_initializer(graph, namer(f"{value.name}.share"), np.array(number, dtype))
+    node = surgery.make_node(namer, op_type, [value, by], f"{value.name}.mended")
     node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
     surgery.insert_after(value, [node])
     surgery.replace_uses(value, node.outputs[0], keep=[node])
