@@ -325,7 +325,7 @@ def _solve(problem: Problem, *, save_anyway: bool, first_is_enough: bool) -> Rep
     return report
 
 
-def _learn(problem: Problem, student: Path, data: Any, out: Path, seconds: float) -> Path:
+def _learn(problem: Problem, student: Path, data: Any, out: Path, seconds: float) -> tuple[Path, bool]:
     """Distillation as a stage of the search: `out` is its run folder, which an interrupted run goes on in."""
     from featherweight.learn.distill import distill as teach
 
@@ -333,7 +333,7 @@ def _learn(problem: Problem, student: Path, data: Any, out: Path, seconds: float
         problem.runnable, student, data, out=out, resume=True, progress=problem.progress.inner,
         metric=problem.request.metric, time_budget=seconds, seed=problem.request.seed,
     )  # fmt: skip
-    return found.model
+    return found.model, found.interrupted
 
 
 def _finished(problem: Problem, *, save_anyway: bool) -> Report | None:

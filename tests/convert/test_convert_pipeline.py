@@ -98,12 +98,17 @@ def test_pickles_need_trust(command, net, tmp_path, monkeypatch):
 
 def test_a_trusted_module_takes_its_examples_from_the_data(net, data, tmp_path):
     torch.save(net, tmp_path / "net.pt")
-    with pytest.raises(fw.DataError, match="needs an example"):
-        fw.compress(tmp_path / "net.pt", data, max_size="50%", out=tmp_path / "run", trust=True)
-    examples = torch.randn(2, 16)
+    np.savez(tmp_path / "pixels.npz", pixels=data["input"])
+    for nothing in (None, tmp_path / "pixels.npz"):
+        with pytest.raises(fw.DataError, match=r"lacks 'input'|needs an example"):
+            fw.compress(tmp_path / "net.pt", nothing, max_size="50%", out=tmp_path / "run", trust=True)
+    np.savez(tmp_path / "data.npz", **data)
+    files = [tmp_path / name for name in ("net.pt", "data.npz", "run")]
+    said = call("compress", files[0], "--data", files[1], "--trust", "--max-size", "50%", "-o", files[2], "--quiet")
+    assert said.exit_code == 0, said.output
     report = fw.compress(
-        tmp_path / "net.pt", data, max_size="50%", max_candidates=2, out=tmp_path / "run", trust=True,
-        example_inputs=examples,
+        tmp_path / "net.pt", data, max_size="50%", max_candidates=2, out=tmp_path / "other", trust=True,
+        example_inputs=torch.randn(2, 16),
     )  # fmt: skip
     assert report.outcome == "met"
 

@@ -389,3 +389,49 @@ def test_a_weight_of_two_blocks_is_taught_in_the_first() -> None:
     job = layerwise.Blockwise(Known(), blocks, [1, 1], Recipe(1e-3), {}, ["y"], lambda *_: torch.zeros(()))
     taught = [layerwise._Taught(job, b, Filled(), k) for k, b in enumerate(blocks)]
     assert [list(t.parameters) for t in taught] == [["tied"], ["w"]]
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(folder: Path, tmp_path: Path) -> None:
+    for name in ("journal.sqlite", "model.onnx", "report.json"):
+        place = tmp_path / name.split(".")[0]
+        (place / "work").mkdir(parents=True)
+        (place / name).write_text("theirs")
+        with pytest.raises(OutputError, match="already holds a run"):
+            teach(folder, "noisy.onnx", out=place)
+        assert (place / name).read_text() == "theirs"
+        assert (place / "work").exists()
+
+
+def test_labels_need_class_scores(folder: Path, tmp_path: Path) -> None:
+    with np.load(folder / "data.npz") as held:
+        np.savez(tmp_path / "labelled.npz", x=held["x"], label=np.zeros(len(held["x"]), np.int64))
+    with pytest.raises(DataError, match="--labels needs an output of class scores"):
+        fw.distill(
+            folder / "teacher.onnx", folder / "noisy.onnx", tmp_path / "labelled.npz", labels=True, loss="mse",
+            max_steps=2, threads=1, out=tmp_path / "run",
+        )  # fmt: skip
+
+
+def test_data_in_another_order_are_not_resumed(folder: Path, tmp_path: Path) -> None:
+    from featherweight.data import open_data
+    from featherweight.learn.checkpoints import fingerprint
+    from featherweight.search.problem import input_specs
+
+    with np.load(folder / "data.npz") as held:
+        x = held["x"]
+    specs = input_specs(io.load(folder / "teacher.onnx"))
+    ways = [x, x.copy(), x[::-1]]
+    first, same, other = (fingerprint(open_data({"x": way}, specs)) for way in ways)
+    assert first == same != other
+
+
+def test_what_a_teacher_rules_out_adds_nothing_to_the_divergence() -> None:
+    from featherweight.learn.losses import divergence
+
+    student = torch.tensor([[0.0, 1.0, 2.0]], requires_grad=True)
+    loss = divergence(student, torch.tensor([[0.0, 1.0, -torch.inf]]), axis=1)
+    q = torch.softmax(student.detach(), 1)[0]
+    p = torch.softmax(torch.tensor([0.0, 1.0]), 0)
+    assert float(loss.detach()) == pytest.approx(float((p * (p.log() - q[:2].log())).sum()), rel=1e-5)
+    loss.backward()
+    np.testing.assert_allclose(student.grad[0].numpy(), q.numpy() - np.append(p.numpy(), 0), rtol=1e-4, atol=1e-6)

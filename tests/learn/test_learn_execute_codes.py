@@ -396,3 +396,39 @@ def test_learned_moves_are_to_values_a_file_can_hold(kind: str) -> None:
         executor({k: torch.from_numpy(v) for k, v in feeds.items()})["y"].detach().numpy(),
         run_ort(written, feeds)["y"], rtol=1e-5, atol=1e-5,
     )  # fmt: skip
+
+
+def test_learned_moves_stay_within_each_channels_own_codes() -> None:
+    """With zero points of their own, channels end at different values though their codes end alike."""
+    from featherweight.learn.rounding import Rounding
+
+    codes = np.array([[15, 0, 3, 15], [0, 15, 15, 0], [7, 9, 0, 4]], np.uint8)
+    stored = {
+        "q": onnx.helper.make_tensor("q", onnx.TensorProto.UINT4, codes.shape, codes.reshape(-1).tolist()),
+        "z": onnx.helper.make_tensor("z", onnx.TensorProto.UINT4, [4], [2, 12, 8, 4]),
+        "s": onnx.numpy_helper.from_array(np.array([1, 0.5, 2, 0.25], np.float32), "s"),
+    }
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("DequantizeLinear", ["q", "s", "z"], ["w"], "dq", axis=1),
+            onnx.helper.make_node("MatMul", ["x", "w"], ["y"], "product"),
+        ],
+        "g", [onnx.helper.make_tensor_value_info("x", 1, ["N", 3])],
+        [onnx.helper.make_tensor_value_info("y", 1, ["N", 4])], list(stored.values()),
+    )  # fmt: skip
+    model = ir.from_proto(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)]))
+    executor = Executor(model)
+    rounding = Rounding(executor, executor.parameters_by_name())
+    (name,) = rounding.names
+    for sign in (1.0, -1.0):
+        with torch.no_grad():
+            for p in rounding.parameters().values():
+                p.fill_(9 * sign)
+        (moved,) = rounding.weights(hard=True).values()
+        steps = np.round(moved.detach().numpy() / np.array([1, 0.5, 2, 0.25])) + np.array([2, 12, 8, 4])
+        assert steps.min() >= 0
+        assert steps.max() <= 15
+        assert not np.array_equal(steps, codes)
+    rounding.settle()
+    again = Executor(executor.write_back(model)).parameters_by_name()[name]
+    assert torch.allclose(again.detach(), moved.detach(), atol=1e-6)

@@ -299,6 +299,33 @@ def test_a_function_may_return_an_onnx_model(tmp_path, monkeypatch):
         make_student(teacher, "student_maker:absent", tmp_path / "s.onnx")
 
 
+def test_a_function_that_draws_its_weights_gives_the_same_student_each_time(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    teacher = residual(tmp_path / "t.onnx")
+    drawing = TORCH_STUDENT.replace("    torch.manual_seed(0)\n", "").replace("def module", "def drawn")
+    (tmp_path / "drawing_maker.py").write_text(drawing)
+    monkeypatch.chdir(tmp_path)
+    files = [tmp_path / f"{i}.onnx" for i in range(3)]
+    for path, seed in zip(files, (0, 0, 1), strict=True):
+        make_student(teacher, "drawing_maker:drawn", path, seed=seed)
+    first, again, other = (path.read_bytes() for path in files)
+    assert first == again != other
+
+
+def test_what_a_function_may_do_wrong_is_said(tmp_path, monkeypatch):
+    teacher = residual(tmp_path / "t.onnx")
+    (tmp_path / "failing_maker.py").write_text("def model():\n    return 1 / 0\n")
+    (tmp_path / "proto_maker.py").write_text("import onnx\ndef model():\n    return onnx.load('t.onnx')\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=r"student function 'failing_maker:model' failed \(ZeroDivisionError"):
+        make_student(teacher, "failing_maker:model", tmp_path / "s.onnx")
+    with pytest.raises(DataError, match="the student function 'not_there:model' cannot be imported"):
+        make_student(teacher, "not_there:model", tmp_path / "s.onnx")
+    made = make_student(teacher, "proto_maker:model", tmp_path / "s.onnx")
+    fed = {"x": np.ones((1, 8, 6, 6), np.float32)}
+    np.testing.assert_array_equal(run(made.path, fed), run(teacher, fed))
+
+
 def test_spread_keeps_both_ends():
     assert [narrow.spread(6, k) for k in (1, 2, 3, 6)] == [(0,), (0, 5), (0, 2, 5), (0, 1, 2, 3, 4, 5)]
     assert all(len(set(narrow.spread(n, k))) == k for n in range(1, 40) for k in range(1, n + 1))

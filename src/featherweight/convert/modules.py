@@ -26,7 +26,7 @@ def from_module(module: torch.nn.Module, examples: Any) -> Source:
     if examples is None:
         raise DataError(
             f"converting {label} needs an example of its inputs: give example_inputs=, a tensor or a tuple of tensors "
-            "as its forward takes them"
+            "as its forward takes them, or data with an array called like each of its parameters"
         )
     notes: list[Note] = []
     tensors = [*module.parameters(), *module.buffers()]
@@ -54,14 +54,17 @@ def from_program(program: torch.export.ExportedProgram, examples: Any, *, label:
 
 
 def from_pickle(path: Path, examples: Any) -> Source:
-    """A module saved whole with torch.save, from a file the user trusts. Raises ModelError for anything else."""
+    """A module saved whole with torch.save, from a file the user trusts. Raises ModelError for anything else.
+
+    `examples` may be a function of the module that gives them.
+    """
     try:
         found = torch.load(path, map_location="cpu", weights_only=False)
     except Exception as e:
         line = (str(e).strip() or type(e).__name__).splitlines()[0][:300]
         raise ModelError(f"{path} cannot be loaded: {line}") from e
     if isinstance(found, torch.nn.Module):
-        return from_module(found, examples)
+        return from_module(found, examples(found) if callable(examples) else examples)
     held = "weights by name" if isinstance(found, Mapping) else f"a {type(found).__name__}"
     raise ModelError(
         f"{path} holds {held} but no network to put them in; load it into its module and give fw.compress that module, "

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from featherweight.convert import extras
+from featherweight.convert import extras, formats
 from featherweight.convert.door import Converted, is_convertible, to_onnx
 from featherweight.core import Note, Progress, Silent
 from featherweight.errors import DataError, OutputError
@@ -83,30 +83,42 @@ def as_onnx(model: Any, *, trust: bool = False, example_inputs: Any = None) -> I
 
 
 def convert_file(
-    source: str | Path, out: Path, *, trust: bool = False, dynamic: Any = None, progress: Progress | None = None
+    source: str | Path,
+    out: Path,
+    *,
+    trust: bool = False,
+    dynamic: Any = None,
+    data: Any = None,
+    progress: Progress | None = None,
 ) -> Converted:
-    """`to_onnx` of a path in a child process, whose memory is given back and whose crash is an error."""
+    """`to_onnx` of a path in a child process, whose memory is given back and whose crash is an error.
+
+    `data`: arrays (or an .npz) whose first rows are what a pickled module is run on, if called like its parameters.
+    """
     (progress or Silent()).start("converting to ONNX")
     path = Path(source)
     if path.is_dir():
         extras.need_transformers(f"reading {path}")
     elif path.exists():
         extras.need_torch(f"reading {path}")
+    rows = {n: np.asarray(a)[:EXAMPLES] for n, a in _arrays(data).items()} if trust and path.is_file() else {}
     with Worker() as worker:
         return worker.call(
-            _in_child, str(source), str(out), dynamic, trust, doing=f"converting {Path(source).name or source}"
+            _in_child, str(source), str(out), dynamic, trust, rows, doing=f"converting {Path(source).name or source}"
         )
 
 
-def _in_child(source: str, out: str, dynamic: Any, trust: bool) -> Converted:
-    return to_onnx(source, out, dynamic=dynamic, trust=trust)
+def _in_child(source: str, out: str, dynamic: Any, trust: bool, rows: Mapping[str, Any]) -> Converted:
+    if formats.kind_of(Path(source)) != "pickle" or not rows:
+        return to_onnx(source, out, dynamic=dynamic, trust=trust)
+    return to_onnx(source, out, example_inputs=lambda module: _from_data(module, rows), dynamic=dynamic, trust=trust)
 
 
 def _converted(
     model: Any, out: Path, data: Any, examples: Any, dynamic: Any, trust: bool, progress: Progress
 ) -> Converted:
     if isinstance(model, str | Path) and examples is None:
-        return convert_file(model, out, trust=trust, dynamic=dynamic, progress=progress)
+        return convert_file(model, out, trust=trust, dynamic=dynamic, data=data, progress=progress)
     if examples is None and data is not None:
         examples = _from_data(model, data)
     return to_onnx(model, out, example_inputs=examples, dynamic=dynamic, trust=trust, progress=progress)

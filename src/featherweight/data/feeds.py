@@ -32,7 +32,7 @@ def is_function_name(text: str) -> bool:
     return _FUNCTION.fullmatch(text) is not None
 
 
-def imported(text: str) -> Callable[[], Iterable[Any]]:
+def imported(text: str, what: str = "data") -> Callable[[], Iterable[Any]]:
     """The function `module:function` names; the current folder is searched too. Runs the user's module: that
     is what naming it means.
 
@@ -46,13 +46,13 @@ def imported(text: str) -> Callable[[], Iterable[Any]]:
     try:
         module = importlib.import_module(module_name)
     except Exception as e:  # anything may happen in a user's module; the cause is kept
-        raise DataError(f"the data function {text!r} cannot be imported ({type(e).__name__}: {e})") from e
+        raise DataError(f"the {what} function {text!r} cannot be imported ({type(e).__name__}: {e})") from e
     finally:
         if added:
             sys.path.remove(here)
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise DataError(f"module {module_name!r} has no function {function_name!r} to give data")
+        raise DataError(f"module {module_name!r} has no function {function_name!r} to give {what}")
     return function  # type: ignore[no-any-return]
 
 

@@ -57,6 +57,14 @@ class Affine(nn.Module):
         """Distance between neighbours: the scale, broadcast against the weight."""
         return along(scale.to(latent.dtype), latent, self.axis, self.block)
 
+    def around(self, latent: Tensor, scale: Tensor) -> Around:
+        """A step down and up, within the codes in use and within what the type holds."""
+        step, codes = self.spacing(latent, scale), self.codes(latent, scale)
+        offset = self._offset(latent)
+        used = codes - offset
+        low, high = (codes > self.low) & (used > used.min()), (codes < self.high) & (used < used.max())
+        return used * step, step * low, step * high
+
     def codes(self, latent: Tensor, scale: Tensor) -> Tensor:
         """Integer codes in low..high."""
         step = along(scale.to(latent.dtype), latent, self.axis, self.block)

@@ -6,6 +6,8 @@ only then. So a run that is killed at any moment finds its last whole checkpoint
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -14,14 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from featherweight.errors import DataError, MissingExtraError, OutputError
 
 if TYPE_CHECKING:
     import torch
 
+    from featherweight.data import Dataset
+
 SCHEMA = 1
 STATE, TENSORS = "state.json", "tensors.safetensors"
 PREFIX = "step-"
+FINGERPRINT_BATCHES = 16
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,15 @@ class Checkpoints:
         if not self.folder.is_dir():
             return []
         return sorted(p for p in self.folder.iterdir() if p.name.startswith(PREFIX) and p.is_dir())
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """A hash of the first batches: data that comes in another order each time is told from what it was."""
+    digest = hashlib.sha256()
+    for batch in itertools.islice(dataset.batches(), FINGERPRINT_BATCHES):
+        for name, array in sorted(batch.feeds.items()):
+            digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:

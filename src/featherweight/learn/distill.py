@@ -142,12 +142,8 @@ def distill(
     folder = Path(tempfile.mkdtemp(prefix="featherweight-")) if out is None else Path(out)
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"the run folder {folder} is a file; name a folder")
-    if (folder / "work").exists() and not resume:
-        if (folder / "work" / "checkpoints").exists():
-            raise OutputError(
-                f"{folder} holds a run that was stopped; continue it with --resume, or name another folder"
-            )
-        shutil.rmtree(folder / "work", ignore_errors=True)
+    if not resume:
+        _clear(folder)
     shown = progress or Silent()
     door = {"example_inputs": example_inputs, "dynamic": dynamic, "trust": request.trust}
     with (
@@ -156,6 +152,16 @@ def distill(
     ):
         run.notes += told
         return run.whole(resume=resume)
+
+
+def _clear(folder: Path) -> None:
+    """Make room for a new run. Raises OutputError where the folder holds another, of this or another command."""
+    if (folder / "work" / "checkpoints").exists():
+        raise OutputError(f"{folder} holds a run that was stopped; continue it with --resume, or name another folder")
+    held = [name for name in ("journal.sqlite", "model.onnx", "report.json") if (folder / name).exists()]
+    if held:
+        raise OutputError(f"{folder} already holds a run ({held[0]}); name another folder")
+    shutil.rmtree(folder / "work", ignore_errors=True)
 
 
 @contextlib.contextmanager

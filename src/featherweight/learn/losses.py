@@ -125,7 +125,9 @@ def divergence(
         student, teacher = student.clamp_min(_TINY).log(), teacher.clamp_min(_TINY).log()
     log_p = functional.log_softmax(teacher / temperature, axis)
     log_q = functional.log_softmax(student / temperature, axis)
-    return temperature**2 * (log_p.exp() * (log_p - log_q)).sum(axis).mean()
+    p = log_p.exp()
+    # What the teacher rules out (a score of -inf) adds nothing: 0 log 0 is 0.
+    return temperature**2 * torch.where(p > 0, p * (log_p - log_q), torch.zeros_like(p)).sum(axis).mean()
 
 
 def cross_entropy(student: Tensor, labels: Tensor, *, axis: int, probabilities: bool = False) -> Tensor:

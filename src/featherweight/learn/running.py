@@ -25,7 +25,7 @@ from featherweight.graph import cost, io, surgery
 from featherweight.graph.channels.follow import concrete
 from featherweight.learn import augment, blocks, layerwise, losses, students
 from featherweight.learn.blocks import Pair
-from featherweight.learn.checkpoints import Checkpoints, Saved
+from featherweight.learn.checkpoints import Checkpoints, Saved, fingerprint
 from featherweight.learn.distill import STAGES, TEMPERATURE, Asked
 from featherweight.learn.keeping import StageKeeper, stage_from
 from featherweight.learn.matching import Checker, Matching, Weights, damage, rescaled, steps_of
@@ -110,7 +110,9 @@ class Run:
         self.progress.start("reading models and data")
         self.work.mkdir(parents=True, exist_ok=True)
         self.teacher_path = asked.teacher
-        made = students.make_student(asked.teacher, asked.student, self.work / "student.onnx", trust=asked.trust)
+        made = students.make_student(
+            asked.teacher, asked.student, self.work / "student.onnx", trust=asked.trust, seed=asked.seed
+        )
         self.student_path, self._named = made.path, made.pairs
         self.notes += made.notes
         self.teacher, self.student_model = io.load(asked.teacher), io.load(self.student_path)
@@ -119,7 +121,8 @@ class Run:
         specs = students.shared_inputs(input_specs(self.teacher), input_specs(self.student_model))
         self._split(specs)
         identity = asked.identity() | {
-            "teacher": io.sha256(asked.teacher), "student": io.sha256(self.student_path), "data": self._train.source
+            "teacher": io.sha256(asked.teacher), "student": io.sha256(self.student_path), "data": self._train.source,
+            "data kept aside": fingerprint(self._holdout),
         }  # fmt: skip
         self.checkpoints = Checkpoints(self.work / "checkpoints", identity)
 
@@ -196,6 +199,11 @@ class Run:
             self._pairs = [p for p in self._pairs if p not in moved]
         answers = {v.name or "": found[v.name or ""].numpy() for v in self.teacher.graph.outputs}
         self._targets = losses.choose(answers, self.metric, asked.loss)
+        if asked.labels and not any(t.kind in ("logits", "probabilities") for t in self._targets):
+            raise DataError(
+                "--labels needs an output of class scores, but the losses are of "
+                f"{', '.join(f'{t.name} ({t.kind})' for t in self._targets)}; leave it out, or give --loss kl"
+            )
         equal = [p for p in self._pairs if p.axis is None]
         self._rate = asked.rate or RATE_END * min(max(damage(own, found, equal) / DAMAGED, LEAST_RATE), 1.0)
         temperature = (1.0 if asked.labels else TEMPERATURE) if asked.temperature is None else asked.temperature

@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import random
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from featherweight import convert
@@ -59,13 +62,15 @@ def _fixed_in_either(a: tuple[Dim, ...] | None, b: tuple[Dim, ...] | None) -> tu
     return tuple(y if isinstance(y, int) else x for x, y in zip(a, b, strict=True))
 
 
-def make_student(teacher: Path, spec: Any, out: Path, *, trust: bool = False) -> Made:
+def make_student(teacher: Path, spec: Any, out: Path, *, trust: bool = False, seed: int = 0) -> Made:
     """The student that `spec` asks for, as an ONNX file; a cut or converted one is written to `out`.
 
     `spec` is text or a path (see FORMS), or a torch module or exported program; `trust` allows a pickled one. A
-    given .onnx file is checked and used where it lies. Raises ModelError for a spec or a teacher that does not fit or a
-    student with another interface, DataError for a function that cannot be imported, MissingExtraError where torch is
-    needed and absent, OutputError if `out` cannot be written.
+    given .onnx file is checked and used where it lies; a function is called with all random generators at `seed`.
+
+    Raises ModelError for a spec or a teacher that does not fit, a function that fails or a student with another
+    interface, DataError for a function that cannot be imported, MissingExtraError where torch is needed and absent,
+    OutputError if `out` cannot be written.
     """
     if not isinstance(spec, str | Path):
         return _converted(io.load(teacher), spec, out, trust=trust)
@@ -74,7 +79,8 @@ def make_student(teacher: Path, spec: Any, out: Path, *, trust: bool = False) ->
         return _cut(teacher, text, out)
     reference = io.load(teacher)
     if feeds.is_function_name(text):
-        return _from_function(reference, text, out, trust=trust)
+        with _seeded(seed):
+            return _from_function(reference, text, out, trust=trust)
     path = Path(text)
     if not text or not path.exists():
         raise ModelError(f"--student must be {FORMS}; but {text!r} is none of them and no file of that name exists")
@@ -145,7 +151,13 @@ def _kept(value: str, n: int) -> tuple[int, ...]:
 
 def _from_function(teacher: ir.Model, text: str, out: Path, *, trust: bool) -> Made:
     """A function without arguments; what it returns is a torch module, an ONNX model or a path to one."""
-    made = feeds.imported(text)()
+    function: Callable[[], Any] = feeds.imported(text, "student")
+    try:
+        made = function()
+    except Exception as e:  # anything may happen in a user's function; the cause is kept
+        raise ModelError(f"the student function {text!r} failed ({type(e).__name__}: {e})") from e
+    if isinstance(made, onnx.ModelProto):
+        made = ir.from_proto(made)
     if isinstance(made, ir.Model):
         _same_interface(teacher, made, text)
         io.save(made, out)
@@ -154,6 +166,26 @@ def _from_function(teacher: ir.Model, text: str, out: Path, *, trust: bool) -> M
         _same_interface(teacher, io.load(made), str(made))
         return Made(Path(made))
     return _converted(teacher, made, out, trust=trust)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """The generators of Python, NumPy and torch at `seed`, and as they were afterwards."""
+    kept = random.getstate(), np.random.get_state()  # the user's code may use the global one
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        torch: Any = importlib.import_module("torch")
+    except ImportError:
+        torch = None
+    try:
+        with torch.random.fork_rng(devices=[]) if torch is not None else contextlib.nullcontext():
+            if torch is not None:
+                torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
 
 
 def _converted(teacher: ir.Model, source: Any, out: Path, *, trust: bool) -> Made:
@@ -175,7 +207,7 @@ def _converted(teacher: ir.Model, source: Any, out: Path, *, trust: bool) -> Mad
 
 
 def _examples(teacher: ir.Model) -> tuple[Any, ...]:
-    """Inputs of the teacher's types and shapes as tensors: zeros, which are legal as tokens and as pixels alike."""
+    """Inputs of the teacher's types and shapes as tensors: noise, and zeros for integers, which are legal as tokens."""
     try:
         torch = importlib.import_module("torch")
     except ImportError as e:
@@ -184,11 +216,12 @@ def _examples(teacher: ir.Model) -> tuple[Any, ...]:
         raise MissingExtraError(
             "a torch student needs torch; install it with: pip install 'featherweight[torch]'"
         ) from e
-    found = []
+    found, rng = [], np.random.default_rng(0)
     for value in _inputs(teacher):
         shape = [d if isinstance(d, int) else (2 if a == 0 else 32) for a, d in enumerate(value.shape or ())]
         dtype = value.dtype.numpy() if value.dtype is not None else np.dtype(np.float32)
-        found.append(torch.from_numpy(np.zeros(shape, dtype)))
+        array = rng.normal(size=shape).astype(dtype) if dtype.kind == "f" else np.zeros(shape, dtype)
+        found.append(torch.from_numpy(array))
     return tuple(found)
 
 

@@ -10,9 +10,11 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from featherweight import data as fwdata
 from featherweight.core import Attempt, Budget, Measurement
+from featherweight.data.feeds import is_function_name
 from featherweight.errors import FeatherweightError
 from featherweight.graph import io
 from featherweight.quantities import format_drop, format_duration
@@ -29,8 +31,8 @@ NEAR_TIMES, NEAR = 2.0, 0.02
 #: A candidate is worth teaching if it is this much cheaper than the best that needs no teaching.
 CHEAPER = 0.98
 FOLDER = "distill"
-#: Teach (problem, student, data, run folder, seconds): the file of the taught student.
-Teach = Callable[[Problem, Path, fwdata.Splits, Path, float], Path]
+#: Teach (problem, student, data, run folder, seconds): the file of the taught student, True if it was interrupted.
+Teach = Callable[[Problem, Path, fwdata.Splits, Path, float], tuple[Path, bool]]
 
 
 def teachable(limit: float) -> float:
@@ -64,7 +66,7 @@ def teach(problem: Problem, known: Baseline, found: Found, learn: Teach) -> None
     limit = problem.request.time_budget_s
     left = DEFAULT_TEACHING_S if limit is None else max(limit - (time.monotonic() - problem.started), 1.0)
     try:
-        taught = learn(problem, student, unread_parts(problem), problem.work.parent / FOLDER, left)
+        taught, found.interrupted = learn(problem, student, unread_parts(problem), problem.work.parent / FOLDER, left)
         measured = measure_file(problem, known, taught)
     except FeatherweightError as e:
         problem.note("recover", f"distillation failed, so its candidate stays as it was: {e}")
@@ -91,14 +93,22 @@ def teach(problem: Problem, known: Baseline, found: Found, learn: Teach) -> None
 def unread_parts(problem: Problem) -> fwdata.Splits:
     """The search's own parts as they are in their source, for what reads them in a way of its own (augmented images).
 
-    The holdout is left out: in its place stands the validation data.
+    The holdout is left out: in its place stands the validation data. What the user's code gave is not asked for again:
+    another time it may come in another order, and the holdout among it.
     """
     request = problem.request
+    if not all(in_files(s) for s in (request.data, request.calibration) if s is not None):
+        return fwdata.Splits(problem.splits.calibration, problem.splits.validation, problem.splits.validation)
     inputs = input_specs(problem.model)
     first, evaluation = open_sources(request, inputs)
     most = most_calibration(request, problem.techniques, inputs)
     parts = fwdata.split(first, seed=request.seed, max_calibration=most, evaluation=evaluation)
     return fwdata.Splits(parts.calibration, problem.splits.validation, problem.splits.validation)
+
+
+def in_files(source: Any) -> bool:
+    """True for data that reads the same each time: a file or a folder."""
+    return isinstance(source, str | Path) and not is_function_name(str(source))
 
 
 def _better(budget: Budget, measured: Measurement, best: Attempt | None) -> bool:

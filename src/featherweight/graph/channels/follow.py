@@ -276,7 +276,7 @@ def concrete(
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of all values at concrete input sizes: those given, else 2 samples and 32 for other open axes.
 
-    `other`: at another size of every open axis, one sample more and twice as long.
+    `other`: at another size of every open axis, one sample more and half as long (what fits a length fits a shorter).
     """
     inputs = dict(given or {})
     for value in model.graph.inputs:
@@ -285,7 +285,7 @@ def concrete(
                 d if isinstance(d, int) else (2 if a == 0 else 32) for a, d in enumerate(value.shape)
             ]
             inputs[value.name] = tuple(
-                n if isinstance(d, int) or not other else n + 1 if a == 0 else 2 * n
+                n if isinstance(d, int) or not other else n + 1 if a == 0 or n < 2 else n // 2
                 for a, (n, d) in enumerate(zip(sizes, value.shape, strict=False))
             )
     return {name: k.sizes for name, k in shapes.infer(model, inputs).items() if k.sizes is not None}
