@@ -106,6 +106,8 @@ def test_a_trusted_module_takes_its_examples_from_the_data(net, data, tmp_path):
     files = [tmp_path / name for name in ("net.pt", "data.npz", "run")]
     said = call("compress", files[0], "--data", files[1], "--trust", "--max-size", "50%", "-o", files[2], "--quiet")
     assert said.exit_code == 0, said.output
+    alone = call("convert", files[0], "--trust", "--example", files[1], "-o", tmp_path / "net.onnx")
+    assert alone.exit_code == 0, alone.output
     report = fw.compress(
         tmp_path / "net.pt", data, max_size="50%", max_candidates=2, out=tmp_path / "other", trust=True,
         example_inputs=torch.randn(2, 16),

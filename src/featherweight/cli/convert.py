@@ -17,9 +17,11 @@ from featherweight.errors import ModelError
 @click.argument("source", type=options.PATH)
 @option("-o", "--out", required=True, type=options.PATH, metavar="FILE", help="The ONNX file to write.")
 @option("--fixed", is_flag=True, help="Leave no axis open: the sizes of the example inputs.")
+@option("--example", type=options.PATH, metavar="FILE", section="Data",
+        help="An .npz with an array for each parameter of forward: what a pickled module is run on.")  # fmt: skip
 @options.trust_option
 @common
-def command(source: Path, *, out: Path, fixed: bool, trust: bool) -> Output:
+def command(source: Path, *, out: Path, fixed: bool, example: Path | None, trust: bool) -> Output:
     """Make ONNX of a program of torch.export (.pt2) or a local Hugging Face folder, and check it against its source.
 
     \b
@@ -33,7 +35,7 @@ def command(source: Path, *, out: Path, fixed: bool, trust: bool) -> Output:
         what = "is ONNX already" if source.suffix.lower() == ".onnx" else "is neither .pt2 nor a Hugging Face folder"
         raise ModelError(f"{source} {what if source.exists() else 'is not there'}; give a .pt2 file or such a folder")
     with progress() as shown:
-        found = convert_file(source, out, trust=trust, dynamic=False if fixed else None, progress=shown)
+        found = convert_file(source, out, trust=trust, dynamic=False if fixed else None, data=example, progress=shown)
     size = io.size_bytes(out)
 
     def as_json() -> str:
