@@ -413,16 +413,29 @@ def test_labels_need_class_scores(folder: Path, tmp_path: Path) -> None:
 
 
 def test_data_in_another_order_are_not_resumed(folder: Path, tmp_path: Path) -> None:
-    from featherweight.data import open_data
-    from featherweight.learn.checkpoints import fingerprint
-    from featherweight.search.problem import input_specs
-
+    """The parts would be others, and what is reported on might have been taught."""
     with np.load(folder / "data.npz") as held:
         x = held["x"]
-    specs = input_specs(io.load(folder / "teacher.onnx"))
-    ways = [x, x.copy(), x[::-1]]
-    first, same, other = (fingerprint(open_data({"x": way}, specs)) for way in ways)
-    assert first == same != other
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT.replace("max_steps=36", "max_steps=100000"), str(folder), str(out), "new"]
+    )
+    while not list((out / "work" / "checkpoints").glob("step-*")):
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    kept = (folder / "data.npz").read_bytes()
+    try:
+        np.savez(folder / "data.npz", x=x[::-1])
+        again = subprocess.run(
+            [sys.executable, "-c", SCRIPT.replace("max_steps=36", "max_steps=100000"), str(folder), str(out), "resume"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    finally:
+        (folder / "data.npz").write_bytes(kept)
+    assert again.returncode
+    assert "data kept aside was" in again.stderr
 
 
 def test_what_a_teacher_rules_out_adds_nothing_to_the_divergence() -> None:

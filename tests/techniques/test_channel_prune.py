@@ -226,25 +226,58 @@ TWO_TOWERS = """g (float[N, 6] x, float[M, 6] z) => (float[N, M] y) {
 }"""
 
 
+def towers(w1: np.ndarray, w2: np.ndarray) -> tuple[ir.Model, list[dict[str, np.ndarray]]]:
+    rng = np.random.default_rng(7)
+    feeds = [{n: rng.normal(size=(64, 6)).astype(np.float32) for n in "xz"} for _ in range(4)]
+    return parsed(TWO_TOWERS, {"w1": w1, "w2": w2}), feeds
+
+
 def test_channels_that_no_stored_weight_reads_are_not_free():
-    """x w1 (z w2)^T with white inputs: unit u gives |w1[:, u]|^2 |w2[:, u]|^2 of the product's power."""
+    """x w1 (z w2)^T: unit u gives E(x w1[:, u])^2 E(z w2[:, u])^2 of the product's power."""
     rng = np.random.default_rng(0)
     w1, w2 = (rng.normal(size=(6, 8)).astype(np.float32) for _ in range(2))
     w1[:, 3] *= 1e-3
-    model = parsed(TWO_TOWERS, {"w1": w1, "w2": w2})
-    found = noises(model, Context(PROFILE, None))
-    power = np.sort((w1**2).sum(axis=0) * (w2**2).sum(axis=0))
-    assert found[7] == pytest.approx(power[0] / power.sum(), rel=1e-4)
-    assert found[3] == pytest.approx(power[:5].sum() / power.sum(), rel=1e-4)
-    smaller = pruned(model, 7, Context(PROFILE, None))
-    assert array(smaller, "w1").shape == (6, 7)
-    np.testing.assert_allclose(array(smaller, "w1"), np.delete(w1, 3, axis=1))
+    model, feeds = towers(w1, w2)
+    ctx = context(model, feeds)
+    found = noises(model, ctx)
+    sides = [(np.concatenate([f[n] for f in feeds]) @ w) ** 2 for n, w in (("x", w1), ("z", w2))]
+    power = np.sort(sides[0].mean(axis=0) * sides[1].mean(axis=0))
+    assert found[7] == pytest.approx(power[0] / power.sum(), rel=1e-3)
+    assert found[3] == pytest.approx(power[:5].sum() / power.sum(), rel=1e-3)
+    np.testing.assert_allclose(array(pruned(model, 7, ctx), "w1"), np.delete(w1, 3, axis=1))
+    assert noises(model, Context(PROFILE, None))[6] == pytest.approx(2 / 8), "nothing measured: all alike"
+
+
+@pytest.mark.parametrize("bias", [0.0, 50.0])
+def test_branches_that_are_added_and_constants_count_where_they_end(bias: float):
+    """A channel that one branch leaves at 0 lives by the other; one that never changes still moves a mean."""
+    rng = np.random.default_rng(3)
+    wa, wb = (rng.normal(size=(6, 8)).astype(np.float32) for _ in range(2))
+    wa[:, 0], b = 0, np.zeros(8, np.float32)
+    if bias:
+        wb[:, 0], b[0] = 0, bias
+    model = parsed(
+        """g (float[N, 6] x) => (float[N] y) {
+          [left] a = MatMul(x, wa)
+          [right] c = MatMul(x, wb)
+          [shift] d = Add(c, b)
+          [sum] s = Add(a, d)
+          y = ReduceMean<keepdims = 0>(s, axes)
+        }""",
+        {"wa": wa, "wb": wb, "b": b, "axes": np.array([1])},
+    )
+    feeds = [{"x": rng.normal(size=(64, 6)).astype(np.float32)} for _ in range(4)]
+    ctx = context(model, feeds)
+    x = np.concatenate([f["x"] for f in feeds])
+    power = ((x @ wa + x @ wb + b) ** 2).mean(axis=0)
+    assert noises(model, ctx)[7] == pytest.approx(power.min() / power.sum(), rel=1e-3)
 
 
 def test_its_preview_answers_as_the_cut_model():
     rng = np.random.default_rng(1)
     w1, w2 = (rng.normal(size=(6, 8)).astype(np.float32) for _ in range(2))
-    model, ctx = parsed(TWO_TOWERS, {"w1": w1, "w2": w2}), Context(PROFILE, None)
+    model, feeds = towers(w1, w2)
+    ctx = context(model, feeds)
     (site,) = PRUNE.sites(model)
     feed = {"x": rng.normal(size=(4, 6)).astype(np.float32), "z": rng.normal(size=(5, 6)).astype(np.float32)}
     shown = PRUNE.preview(model, site, Action.of("channel_prune", keep=3), ctx)
@@ -257,6 +290,7 @@ def test_a_channel_that_only_a_mean_sees_is_not_dead():
     """Nothing reads unit 2 but the mean over all channels, that gates them."""
     rng = np.random.default_rng(2)
     w1, w2 = rng.normal(size=(6, 8)).astype(np.float32), rng.normal(size=(8, 3)).astype(np.float32)
+    w1[:, 2] *= 20
     w2[2] = 0
     model = parsed(
         """g (float[N, 6] x) => (float[N, 3] y) {
@@ -270,4 +304,6 @@ def test_a_channel_that_only_a_mean_sees_is_not_dead():
         {"w1": w1, "w2": w2, "axes": np.array([1]), "one": np.ones((1, 1), np.float32)},
     )
     feeds = [{"x": rng.normal(size=(64, 6)).astype(np.float32)} for _ in range(4)]
-    assert min(noises(model, context(model, feeds)).values()) > 0.01
+    ctx = context(model, feeds)
+    assert min(noises(model, ctx).values()) > 0
+    assert array(pruned(model, 7, ctx), "w2").all(), "unit 2, the loudest at the mean, is not the first to go"

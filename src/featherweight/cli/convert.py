@@ -10,7 +10,7 @@ import click
 from featherweight.cli import _options as options
 from featherweight.cli._run import Output, common, progress
 from featherweight.cli._sections import Command, option
-from featherweight.errors import ModelError
+from featherweight.errors import DataError, ModelError
 
 
 @click.command(cls=Command, short_help="Make ONNX of a .pt2 file or a Hugging Face folder.")
@@ -34,6 +34,8 @@ def command(source: Path, *, out: Path, fixed: bool, example: Path | None, trust
     if not is_convertible(source):
         what = "is ONNX already" if source.suffix.lower() == ".onnx" else "is neither .pt2 nor a Hugging Face folder"
         raise ModelError(f"{source} {what if source.exists() else 'is not there'}; give a .pt2 file or such a folder")
+    if example is not None and not (example.is_file() and example.suffix.lower() == ".npz"):
+        raise DataError(f"--example must be an .npz file that exists, but got {example}")
     with progress() as shown:
         found = convert_file(source, out, trust=trust, dynamic=False if fixed else None, data=example, progress=shown)
     size = io.size_bytes(out)

@@ -101,7 +101,8 @@ def convert_file(
         extras.need_transformers(f"reading {path}")
     elif path.exists():
         extras.need_torch(f"reading {path}")
-    rows = {n: np.asarray(a)[:EXAMPLES] for n, a in _arrays(data).items()} if trust and path.is_file() else {}
+    pickled = trust and path.is_file() and formats.kind_of(path) == "pickle"
+    rows = {n: np.asarray(a)[:EXAMPLES] for n, a in _arrays(data).items() if np.ndim(a)} if pickled else {}
     with Worker() as worker:
         return worker.call(
             _in_child, str(source), str(out), dynamic, trust, rows, doing=f"converting {Path(source).name or source}"

@@ -119,6 +119,7 @@ class Run:
         for model in (self.teacher, self.student_model):
             surgery.sort(model)
         specs = students.shared_inputs(input_specs(self.teacher), input_specs(self.student_model))
+        self._free = {s.name for s in specs if s.rows is None}
         self._split(specs)
         identity = asked.identity() | {
             "teacher": io.sha256(asked.teacher), "student": io.sha256(self.student_path), "data": self._train.source,
@@ -182,8 +183,7 @@ class Run:
         group = [atom for unit in units[:several] for atom in unit]
         first = augment.read(self._train, group, augment.Augment(), np.random.default_rng(0))
         shapes = {
-            n: tuple(2 if i == 0 and not self._train.fixed else d for i, d in enumerate(x.shape))
-            for n, x in first.items()
+            n: tuple(2 if i == 0 and n in self._free else d for i, d in enumerate(x.shape)) for n, x in first.items()
         }
         sizes = concrete(self.teacher, shapes), concrete(self.student_model, shapes)
         self._pairs = blocks.pairs(self.student_model, sizes, self._named)

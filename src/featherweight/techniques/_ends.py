@@ -1,8 +1,8 @@
 """Channels that end where no stored weight reads them: in a sum or mean over channels, or in a product of activations.
 
 There is no reader whose error could be taken, and none that could make up for what goes. What a unit is worth is then
-its share of the power of the layers that make it; where two layers are multiplied with each other (queries and keys of
-one head, two towers), of the product of both.
+its share of the power that comes in there; where two values are multiplied with each other (queries and keys of one
+head, two towers), of the product of both.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ import onnx_ir as ir
 
 from featherweight.graph import surgery
 from featherweight.graph.channels import Channels, Group
-from featherweight.graph.weights import weights
-from featherweight.techniques import _absorb
 from featherweight.techniques._protocol import Context
 
 F64 = npt.NDArray[np.float64]
@@ -32,40 +30,54 @@ def ending(channels: Channels, group: Group) -> npt.NDArray[np.bool_]:
     return np.array([bool(np.isin(members, classes).any()) for members in group.units])
 
 
-def shares(channels: Channels, group: Group, model: ir.Model, ctx: Context) -> tuple[tuple[str, ...], F64]:
-    """Tensors that make the group, and each unit's share of what they give, (units,), 1 together (0 if nothing comes).
+def shares(channels: Channels, group: Group, ctx: Context) -> tuple[tuple[str, ...], F64]:
+    """Tensors that make the group, and each unit's share of the power where it ends, (units,), 1 together.
 
-    Equal shares where a maker is no layer with a matrix (a table, a recurrent layer).
+    Of a product it is the share of the product of both sides. Where nothing was measured all shares are equal; 0
+    where nothing ever comes.
     """
-    known = {w.name: w for w in weights(model)}
+    following = channels.following
+    makers = tuple(dict.fromkeys(b.tensor for b in following.births if b.node in group.makers))
     of_unit = {int(c): u for u, members in enumerate(group.units) for c in members}
-    powers = []
-    for tensor in dict.fromkeys(b.tensor for b in channels.following.births if b.node in group.makers):
-        power = np.zeros(len(group.units))
-        weight = known.get(tensor)
-        for birth in channels.following.births:
-            if birth.tensor != tensor or birth.node not in group.makers:
-                continue
-            each = np.ones(len(birth.slots))
-            if weight is not None and weight.matrix_shape[0] * weight.matrix_shape[1] == len(birth.slots):
-                second = _absorb.moments(weight, ctx)
-                each = _row_powers(weight.to_matrix(weight.array()).astype(np.float64), second)
-            for slot, value in zip(channels.classes[birth.slots].tolist(), each.tolist(), strict=True):
-                if slot in of_unit:
-                    power[of_unit[slot]] += value
-        powers.append((tensor, power))
-    together = np.prod([p / p.sum() if p.sum() > 0 else p for _, p in powers], axis=0)
-    total = float(np.sum(together))
-    return tuple(t for t, _ in powers), together / total if total > 0 else np.zeros(len(group.units))
+    products: dict[ir.Node, F64] = {}
+    for node, index in following.ends:
+        value = node.inputs[index]
+        power = None if value is None else _powers(channels, value, of_unit, len(group.units), ctx)
+        if power is not None:
+            products[node] = products[node] * power if node in products else power
+    at_ends = [p / p.sum() if p.sum() > 0 else p for p in products.values()]
+    if not at_ends:
+        return makers, np.full(len(group.units), 1 / len(group.units))
+    return makers, np.asarray(np.mean(at_ends, axis=0))
 
 
-def _row_powers(matrix: F64, found: _absorb.Moments) -> F64:
-    """E(w x)^2 of every row of (groups, out, k), as (groups * out,)."""
-    if found.matrix is None:
-        return np.asarray((matrix**2).sum(axis=2).reshape(-1))
-    if found.matrix.ndim == 2:
-        return np.asarray(np.einsum("gok,gk->go", matrix**2, found.matrix).reshape(-1))
-    return np.asarray(np.einsum("gok,gok->go", matrix @ found.matrix, matrix).reshape(-1))
+def _powers(channels: Channels, value: ir.Value, of_unit: dict[int, int], units: int, ctx: Context) -> F64 | None:
+    """E a^2 of a value summed over each unit's channels, (units,); None if it carries none of them."""
+    following = channels.following
+    array = following.at.get(value)
+    if array is None or not any(int(c) in of_unit for c in channels.classes[array].reshape(-1)):
+        return None
+    while (maker := value.producer()) is not None and maker.op_type == "Transpose" and maker.inputs[0] in following.at:
+        value = maker.inputs[0]
+    array = following.at[value]
+    axes = [a for a, n in enumerate(array.shape) if n > 1]
+    found = ctx.stats.values.get(value.name or "") if ctx.stats is not None else None
+    measured = found is not None and len(axes) == 1 and found.axis % array.ndim == axes[0]
+    slots = array.reshape(-1)
+    each = np.ones(slots.size)
+    if (
+        measured
+        and found is not None
+        and found.rows.ndim == 2
+        and found.rows.shape[1] == slots.size
+        and len(found.rows)
+    ):
+        each = np.asarray((found.rows.astype(np.float64) ** 2).mean(axis=0))
+    power = np.zeros(units)
+    for slot, worth in zip(channels.classes[slots].tolist(), each.tolist(), strict=True):
+        if slot in of_unit:
+            power[of_unit[slot]] += worth
+    return power
 
 
 def silence(model: ir.Model, channels: Channels, removed: Iterable[int]) -> None:

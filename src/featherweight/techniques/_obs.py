@@ -32,13 +32,15 @@ def removal_order(
     blocks: Sequence[Sequence[IntArray]],
     scales: Sequence[float],
     *,
+    besides: F64 | None = None,
     damping: float = DAMPING,
 ) -> tuple[IntArray, F64]:
     """Greedy order in which to remove units that several matrices read.
 
     `weights[i]` (out_i, k_i) and `seconds[i]` (k_i, k_i) are consumer i and the second moments (or covariance) of its
     input; unit u owns columns `blocks[i][u]` of it (may be empty). Each step removes the unit that adds least to
-    sum_i scales[i] * tr(dW_i C_i dW_i^T), the remaining columns of every consumer being re-solved.
+    sum_i scales[i] * tr(dW_i C_i dW_i^T), the remaining columns of every consumer being re-solved, and what it costs
+    besides (`besides`, (units,), in the same unit; not part of `errors`).
 
     Returns `order` (units,) and `errors` (units, consumers): the unscaled error of consumer i after n + 1 removals,
     under C_i + damping * mean(diag C_i) * I. The last one of a consumer whose columns all belong to units is its
@@ -58,7 +60,7 @@ def removal_order(
     total = np.zeros(len(sides))
     for n in range(units):
         costs = np.stack([side.costs() for side in sides])
-        scaled = np.asarray(scales, np.float64) @ costs
+        scaled = np.asarray(scales, np.float64) @ costs + (0.0 if besides is None else besides)
         u = int(np.argmin(np.where(alive, scaled, np.inf)))
         total += costs[:, u]
         order[n], errors[n], alive[u] = u, total, False

@@ -41,7 +41,7 @@ class Ranked:
     """A group with its units in the order in which they go.
 
     `noise` (units, tensors): E||dy||^2 / E||y - mean y||^2 at each reader after the first n + 1 units went; where
-    channels end without a reader, their share of what their makers give. `tensors`: names of those, one a column;
+    channels end without a reader, their share of the power there. `tensors`: readers and makers, one a column;
     `most`: how many units may go without emptying anything.
     """
 
@@ -115,7 +115,7 @@ def _ranked(channels: Channels, group: Group, model: ir.Model, ctx: Context) -> 
     consumers = [_consumer(model, r, ctx) for r in group.readings]
     ending = _ends.ending(channels, group)
     if not consumers or ending.any():
-        makers, share = _ends.shares(channels, group, model, ctx)
+        makers, share = _ends.shares(channels, group, ctx)
         share = share if not consumers else np.where(ending, share, 0.0)
     else:
         makers, share = (), np.zeros(len(group.units))
@@ -130,6 +130,7 @@ def _ranked(channels: Channels, group: Group, model: ir.Model, ctx: Context) -> 
         [c.second for c in consumers],
         [[r.columns[u] for u in rest] for r in group.readings],
         scales,
+        besides=share[rest] * max(_gain_of(ctx, m) for m in makers) if makers else None,
     )
     signals = np.array([max(c.signal, 1e-30) for c in consumers])
     noise = np.concatenate([np.zeros((len(silent), len(consumers))), np.maximum(errors, 0.0) / signals])
@@ -155,7 +156,11 @@ def _silent(group: Group, consumers: Sequence[_Consumer]) -> list[int]:
 
 
 def _gain(ctx: Context, reading: Reading) -> float:
-    return max(ctx.gains.get(reading.tensor, 1.0), 1e-6)
+    return _gain_of(ctx, reading.tensor)
+
+
+def _gain_of(ctx: Context, tensor: str) -> float:
+    return max(ctx.gains.get(tensor, 1.0), 1e-6)
 
 
 def _consumer(model: ir.Model, reading: Reading, ctx: Context) -> _Consumer:

@@ -340,3 +340,38 @@ def test_the_largest_of_fewer_channels_still_counts_the_zeros(op: str, sign: flo
     channels = ch.analyse(found)
     ch.cut(channels, removed(channels.groups[0], 2))
     np.testing.assert_array_equal(ort.session(io.to_bytes(found)).run(feed)["y"], before)
+
+
+def test_a_constant_that_fixes_an_open_axis_does_not_freeze_what_is_behind_it():
+    """Height and width are open in the interface, but a table of positions allows one size."""
+    text = """g (float[N, 3, h, w] x) => (float[N, 16, 8] y) {
+      p = Conv<kernel_shape = [8, 8], strides = [8, 8]>(x, patch)
+      f = Reshape(p, flat)
+      t = Transpose<perm = [0, 2, 1]>(f)
+      e = Add(t, table)
+      q = MatMul(e, wq)
+      h1 = Reshape(q, heads)
+      h2 = Tanh(h1)
+      h3 = Reshape(h2, back)
+      y = MatMul(h3, wo)
+    }"""
+    shapes_of = {"patch": (8, 3, 8, 8), "table": (1, 16, 8), "wq": (8, 8), "wo": (8, 8)}
+    ints = {"flat": [0, 8, -1], "heads": [-1, 16, 2, 4], "back": [-1, 16, 8]}
+    found = ch.analyse(model(text, shapes_of, ints), {"x": (2, 3, 32, 32)})
+    assert "channels of q" in [g.name for g in found.groups]
+
+
+def test_an_axis_name_has_one_size():
+    text = """g (float[N, 6] x, float[1, N, 8] s) => (float[N, 3] y) {
+      a = MatMul(x, w)
+      l = Squeeze(s, zero)
+      b = Add(a, l)
+      c = Reshape(b, pairs)
+      d = Tanh(c)
+      e = Reshape(d, back)
+      y = MatMul(e, v)
+    }"""
+    weights = {"w": (6, 8), "v": (8, 3)}
+    ints = {"zero": [0], "pairs": [-1, 4, 2], "back": [-1, 8]}
+    found = ch.analyse(model(text, weights, ints), {"x": (8, 6), "s": (1, 8, 8)})
+    assert not any("also depends on the batch" in note.text for note in found.frozen)

@@ -7,7 +7,7 @@ attention. A value without such an array can lose nothing. Stored tensors have s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -87,19 +87,23 @@ class Following:
     handled: set[tuple[ir.Node, int]] = field(default_factory=set)
     constant: dict[ir.Value, bool] = field(default_factory=dict)
     spread: bool = False
-    _other: dict[str, tuple[int, ...]] | None = None
+    _other: list[dict[str, tuple[int, ...]]] | None = None
 
     def is_open(self, value: ir.Value | None, axis: int) -> bool:
-        """True if the size of this axis differs from call to call, as where channels are merged with the batch."""
-        here, there = self.dims(value), self.other_sizes().get((value.name or "") if value is not None else "")
-        if surgery.constant_tensor(value) is not None:
-            return False
-        return here is None or there is None or len(here) != len(there) or here[axis] != there[axis]
+        """True if the size of this axis differs from call to call, as where channels are merged with the batch.
 
-    def other_sizes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes at other sizes of the open axes; found once, which must be before the model is edited."""
+        A size with which nothing fits any more says nothing: constants may fix what the inputs leave open.
+        """
+        here = self.dims(value)
+        if value is None or here is None or surgery.constant_tensor(value) is not None:
+            return False
+        found = [there for sizes in self.other_sizes() if (there := sizes.get(value.name or "")) is not None]
+        return any(len(here) != len(there) or here[axis] != there[axis] for there in found)
+
+    def other_sizes(self) -> list[dict[str, tuple[int, ...]]]:
+        """Shapes with one open axis at another size, for each of them; found once, before the model is edited."""
         if self._other is None:
-            self._other = concrete(self.model, self.given, other=True)
+            self._other = [concrete(self.model, self.given, other=axis) for axis in open_axes(self.model)]
         return self._other
 
     def open_axes(self, value: ir.Value, array: I64) -> tuple[int, ...]:
@@ -272,23 +276,47 @@ def constant_axes(value: ir.Value | None, full: I64) -> tuple[Stored, tuple[int,
 
 
 def concrete(
-    model: ir.Model, given: Mapping[str, tuple[int, ...]] | None, *, other: bool = False
+    model: ir.Model, given: Mapping[str, tuple[int, ...]] | None, *, other: Hashable = None
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of all values at concrete input sizes: those given, else 2 samples and 32 for other open axes.
 
-    `other`: at another size of every open axis, one sample more and half as long (what fits a length fits a shorter).
+    `other`: an axis of `open_axes` that gets another size: one sample more, or half the length (what fits a length
+    mostly fits a shorter one).
     """
     inputs = dict(given or {})
-    for value in model.graph.inputs:
-        if value.name and value.shape is not None and not value.is_initializer():
-            sizes = inputs.get(value.name) or [
-                d if isinstance(d, int) else (2 if a == 0 else 32) for a, d in enumerate(value.shape)
-            ]
-            inputs[value.name] = tuple(
-                n if isinstance(d, int) or not other else n + 1 if a == 0 or n < 2 else n // 2
-                for a, (n, d) in enumerate(zip(sizes, value.shape, strict=False))
-            )
+    changed: int | None = None
+    for value in _open_inputs(model):
+        name, dims = value.name or "", list(value.shape or ())
+        sizes = list(
+            inputs.get(name) or [d if isinstance(d, int) else (2 if a == 0 else 32) for a, d in enumerate(dims)]
+        )
+        for a, d in enumerate(dims[: len(sizes)]):
+            if other is not None and _axis_key(name, a, d) == other:
+                n = sizes[a]
+                changed = (n + 1 if a == 0 or n < 2 else n // 2) if changed is None else changed
+                sizes[a] = changed
+        inputs[name] = tuple(sizes)
     return {name: k.sizes for name, k in shapes.infer(model, inputs).items() if k.sizes is not None}
+
+
+def open_axes(model: ir.Model) -> list[Hashable]:
+    """The model's open axes: names, and where an axis has none its input and number."""
+    return list(
+        dict.fromkeys(
+            key
+            for value in _open_inputs(model)
+            for a, d in enumerate(value.shape or ())
+            if (key := _axis_key(value.name or "", a, d)) is not None
+        )
+    )
+
+
+def _open_inputs(model: ir.Model) -> list[ir.Value]:
+    return [v for v in model.graph.inputs if v.name and v.shape is not None and not v.is_initializer()]
+
+
+def _axis_key(name: str, axis: int, dim: int | ir.SymbolicDim) -> Hashable:
+    return None if isinstance(dim, int) else dim.value or (name, axis)
 
 
 def follow(model: ir.Model, rules: Mapping[str, Rule], given: Mapping[str, tuple[int, ...]] | None = None) -> Following:

@@ -299,7 +299,9 @@ class Asking:
         source = node.inputs[0]
         if source is None or source not in f.at:
             return
-        if node.op_type == "Size" or f.open_axes(source, f.at[source]):
+        array = f.at[source]
+        read = range(array.ndim)[_int(node, "start", 0) : _int(node, "end", array.ndim)]
+        if node.op_type == "Size" or set(read).intersection(f.open_axes(source, array)):
             f.freeze(node, "has its size read, which also depends on the batch or a length", source)
 
     def cut(self, node: ir.Node, c: Cutting) -> None:
