@@ -448,3 +448,26 @@ def test_what_a_teacher_rules_out_adds_nothing_to_the_divergence() -> None:
     assert float(loss.detach()) == pytest.approx(float((p * (p.log() - q[:2].log())).sum()), rel=1e-5)
     loss.backward()
     np.testing.assert_allclose(student.grad[0].numpy(), q.numpy() - np.append(p.numpy(), 0), rtol=1e-4, atol=1e-6)
+
+
+def test_a_stage_that_comes_nearer_only_when_softened_is_taken_back(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Softened scores can come nearer while the answers as they are used go away."""
+    from featherweight.learn.matching import Check, Checker
+
+    asked: list[float | None] = []
+
+    def told(_self: Checker, temperature: float | None = None) -> Check:
+        asked.append(temperature)
+        return Check(1.0 / len(asked), None)
+
+    monkeypatch.setattr(Checker, "__call__", told)
+    found = teach(folder, "noisy.onnx", stages=("end",), out=tmp_path / "run", rate=5e-3, max_steps=10)
+    (stage,) = found.stages
+    assert stage.loss_after < stage.loss_before
+    assert asked[-2:] == [1.0, 1.0], "with what was taught, then with what was there before, which is told to be nearer"
+    assert not stage.kept
+    given, left = (io.load(p).graph.initializers for p in (folder / "noisy.onnx", found.model))
+    for name in ("a.w", "d.w"):
+        np.testing.assert_array_equal(left[name].const_value.numpy(), given[name].const_value.numpy())

@@ -177,8 +177,9 @@ class Checker:
         return self._metric.output is None or self._metric.output in {t.name for t in self._targets}
 
     @torch.no_grad()
-    def __call__(self) -> Check:
-        """Look at all validation batches."""
+    def __call__(self, temperature: float | None = None) -> Check:
+        """Look at all validation batches; `temperature`: another than that of training."""
+        temperature = self._temperature if temperature is None else temperature
         total, samples, scores, labels = 0.0, 0, [], []
         for batch, answers in zip(self._dataset.batches(), self._answers, strict=True):
             feeds = as_tensors(batch.feeds)
@@ -186,7 +187,7 @@ class Checker:
             for target in self._targets:
                 mask = mask_for(feeds, found[target.name])
                 loss = losses.output_loss(
-                    target, found[target.name], answers[target.name], temperature=self._temperature, mask=mask
+                    target, found[target.name], answers[target.name], temperature=temperature, mask=mask
                 )
                 total += batch.n * float(loss) / len(self._targets)
             samples += batch.n

@@ -35,8 +35,8 @@ class Block:
 class Stage:
     """One stage. `loss_before`, `loss_after`: on validation data; `measured`: the saved file on the holdout.
 
-    `kept`: False where it made the validation loss worse, so that its result was dropped. `rates`: the highest learning
-    rate when it began and when it ended (end to end alone).
+    `kept`: False where it left the validation answers, not softened, further from the teacher's, so that its result was
+    dropped. `rates`: the highest learning rate when it began and when it ended (end to end alone).
     """
 
     name: str

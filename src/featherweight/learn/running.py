@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -260,7 +260,7 @@ class Run:
         return StageKeeper(self, stage, block, done)
 
     def _stages(self, saved: Saved | None, proof: Proof) -> list[Stage]:
-        """Train what was asked for; a stage that makes the validation loss worse is taken back."""
+        """Train what was asked for; a stage that leaves the answers further from the teacher's is taken back."""
         limit = self._train_until()
         done: list[Stage] = []
         if saved is not None:
@@ -281,15 +281,29 @@ class Run:
             run = self._layers if name == "layers" else self._end
             outcomes, made = run(until, here, done)
             after = self._check().loss
-            kept = after <= loss_before
-            if not kept:
-                with torch.no_grad():
-                    for n, p in self.student.parameters().items():
-                        p.copy_(before[n])
+            kept = self._is_nearer(before)
             done.append(self._stage(name, outcomes, made, (loss_before, after), kept, self.elapsed() - began, proof))
             if not self._stopped:
                 self._keeper("", 0, done).write({}, {})
         return done
+
+    @torch.no_grad()
+    def _is_nearer(self, before: Mapping[str, torch.Tensor]) -> bool:
+        """True if the student's validation answers, as they are used and not softened, are at least as near to the
+        teacher's as with the weights `before`; else those are put back.
+
+        Softened scores speak of all classes alike: they can come nearer while the first answers go away.
+        """
+        parameters = self.student.parameters()
+        now = {n: p.clone() for n, p in parameters.items()}
+        nearer = self._check(temperature=1.0).loss
+        for n, p in parameters.items():
+            p.copy_(before[n])
+        if not nearer <= self._check(temperature=1.0).loss:  # a loss that is no number is no nearer
+            return False
+        for n, p in parameters.items():
+            p.copy_(now[n])
+        return True
 
     def _train_until(self) -> float:
         seconds = self.asked.seconds
