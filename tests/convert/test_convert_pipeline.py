@@ -108,11 +108,19 @@ def test_a_trusted_module_takes_its_examples_from_the_data(net, data, tmp_path):
     assert said.exit_code == 0, said.output
     alone = call("convert", files[0], "--trust", "--example", files[1], "-o", tmp_path / "net.onnx")
     assert alone.exit_code == 0, alone.output
+    absent = call("convert", files[0], "--trust", "--example", tmp_path / "typo.npz", "-o", tmp_path / "net.onnx")
+    assert "typo.npz" in absent.stderr
     report = fw.compress(
         tmp_path / "net.pt", data, max_size="50%", max_candidates=2, out=tmp_path / "other", trust=True,
         example_inputs=torch.randn(2, 16),
     )  # fmt: skip
     assert report.outcome == "met"
+
+
+def test_an_example_is_for_pickled_modules(program, tmp_path):
+    said = call("convert", program, "--example", tmp_path / "x.npz", "-o", tmp_path / "net.onnx")
+    assert said.exit_code == 1
+    assert "--example is for pickled modules" in said.stderr
 
 
 def narrow() -> torch.nn.Module:  # type: ignore[name-defined]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -328,7 +329,7 @@ def test_calibration_data_may_stand_beside_the_data_it_is_reported_on(folder: Pa
 def test_maps_are_compared_not_their_means(folder: Path) -> None:
     """Behind the last filters the map before pooling is the place: it says more than its mean does."""
     from featherweight.graph import surgery
-    from featherweight.graph.channels.follow import concrete
+    from featherweight.graph.channels.sizes import concrete
     from featherweight.learn import blocks
 
     model = io.load(folder / "teacher.onnx")
@@ -414,26 +415,20 @@ def test_labels_need_class_scores(folder: Path, tmp_path: Path) -> None:
 
 def test_data_in_another_order_are_not_resumed(folder: Path, tmp_path: Path) -> None:
     """The parts would be others, and what is reported on might have been taught."""
-    with np.load(folder / "data.npz") as held:
-        x = held["x"]
-    out = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT.replace("max_steps=36", "max_steps=100000"), str(folder), str(out), "new"]
-    )
-    while not list((out / "work" / "checkpoints").glob("step-*")):
+    own = tmp_path / "own"
+    shutil.copytree(folder, own)
+    code = SCRIPT.replace("max_steps=36", "max_steps=100000")
+    asked = [sys.executable, "-c", code, str(own), str(tmp_path / "run")]
+    process = subprocess.Popen([*asked, "new"])
+    while not list((tmp_path / "run" / "work" / "checkpoints").glob("step-*")):
         time.sleep(0.05)
         assert process.poll() is None
     process.kill()
     process.wait()
-    kept = (folder / "data.npz").read_bytes()
-    try:
-        np.savez(folder / "data.npz", x=x[::-1])
-        again = subprocess.run(
-            [sys.executable, "-c", SCRIPT.replace("max_steps=36", "max_steps=100000"), str(folder), str(out), "resume"],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-    finally:
-        (folder / "data.npz").write_bytes(kept)
+    with np.load(own / "data.npz") as held:
+        x = held["x"]
+    np.savez(own / "data.npz", x=x[::-1])
+    again = subprocess.run([*asked, "resume"], capture_output=True, text=True, check=False)
     assert again.returncode
     assert "data kept aside was" in again.stderr
 
@@ -468,6 +463,7 @@ def test_a_stage_that_comes_nearer_only_when_softened_is_taken_back(
     assert stage.loss_after < stage.loss_before
     assert asked[-2:] == [1.0, 1.0], "with what was taught, then with what was there before, which is told to be nearer"
     assert not stage.kept
+    assert stage.reason.startswith("only the softened validation loss fell")
     given, left = (io.load(p).graph.initializers for p in (folder / "noisy.onnx", found.model))
     for name in ("a.w", "d.w"):
         np.testing.assert_array_equal(left[name].const_value.numpy(), given[name].const_value.numpy())

@@ -286,6 +286,26 @@ def test_its_preview_answers_as_the_cut_model():
     assert not np.allclose(answers[1], answers[2], rtol=0.1)
 
 
+def test_its_preview_holds_where_channels_are_merged_with_places():
+    """No mask fits an axis that channels share with places of any number."""
+    rng = np.random.default_rng(4)
+    model = parsed(
+        """g (float[N, 3, h, w] x) => (float[N] y) {
+          a = Conv(x, w0)
+          b = Reshape(a, flat)
+          y = ReduceMean<keepdims = 0>(b, axes)
+        }""",
+        {"w0": rng.normal(size=(8, 3, 1, 1)).astype(np.float32), "flat": np.array([0, -1]), "axes": np.array([1])},
+    )
+    feeds = [{"x": rng.normal(size=(2, 3, 5, 4)).astype(np.float32)} for _ in range(4)]
+    ctx = context(model, feeds)
+    (site,) = PRUNE.sites(model)
+    shown = PRUNE.preview(model, site, Action.of("channel_prune", keep=3), ctx)
+    answers = [ort.session(io.to_bytes(m)).run(feeds[0])["y"] for m in (shown, pruned(model, 3, ctx), model)]
+    np.testing.assert_allclose(answers[0], answers[1], rtol=1e-4, atol=1e-6)
+    assert not np.allclose(answers[1], answers[2], rtol=0.1)
+
+
 def test_a_channel_that_only_a_mean_sees_is_not_dead():
     """Nothing reads unit 2 but the mean over all channels, that gates them."""
     rng = np.random.default_rng(2)

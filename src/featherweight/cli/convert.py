@@ -29,11 +29,14 @@ def command(source: Path, *, out: Path, fixed: bool, example: Path | None, trust
     featherweight convert bert-folder/ -o bert.onnx
     """
     from featherweight.convert import convert_file, is_convertible
+    from featherweight.convert.formats import kind_of
     from featherweight.graph import io
 
     if not is_convertible(source):
         what = "is ONNX already" if source.suffix.lower() == ".onnx" else "is neither .pt2 nor a Hugging Face folder"
         raise ModelError(f"{source} {what if source.exists() else 'is not there'}; give a .pt2 file or such a folder")
+    if example is not None and kind_of(source) != "pickle":
+        raise ModelError(f"--example is for pickled modules; {source} says itself what it takes, so leave it out")
     if example is not None and not (example.is_file() and example.suffix.lower() == ".npz"):
         raise DataError(f"--example must be an .npz file that exists, but got {example}")
     with progress() as shown:

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from featherweight.graph import surgery
-from featherweight.graph.channels.follow import concrete
+from featherweight.graph.channels.sizes import concrete
 
 _METADATA = frozenset({"Shape", "Size"})
 """Readers of a tensor's shape alone: no data flows through them."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import shutil
 import signal
@@ -18,11 +17,10 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from featherweight import data as fwdata
 from featherweight.core import Note, Progress
 from featherweight.errors import DataError, ModelError
 from featherweight.graph import cost, io, surgery
-from featherweight.graph.channels.follow import concrete
+from featherweight.graph.channels.sizes import concrete
 from featherweight.learn import augment, blocks, layerwise, losses, students
 from featherweight.learn.blocks import Pair
 from featherweight.learn.checkpoints import Checkpoints, Saved, fingerprint
@@ -30,6 +28,7 @@ from featherweight.learn.distill import STAGES, TEMPERATURE, Asked
 from featherweight.learn.keeping import StageKeeper, stage_from
 from featherweight.learn.matching import Checker, Matching, Weights, damage, rescaled, steps_of
 from featherweight.learn.proof import Proof
+from featherweight.learn.reading import read_parts
 from featherweight.learn.result import Block, Distilled, Stage
 from featherweight.learn.student import COPIES, Footprint, Student, fit_memory, resident_bytes, saved_bytes
 from featherweight.learn.teacher import Lessons, Teacher, as_tensors
@@ -119,55 +118,18 @@ class Run:
         for model in (self.teacher, self.student_model):
             surgery.sort(model)
         specs = students.shared_inputs(input_specs(self.teacher), input_specs(self.student_model))
-        self._free = {s.name for s in specs if s.rows is None}
-        self._split(specs)
+        self._open_rows = {s.name for s in specs if s.rows is None}
+        parts, notes = read_parts(asked, self._data, specs, self.work, self.progress)
+        self.notes += notes
+        self._train, self._validation, self._holdout = parts.calibration, parts.validation, parts.holdout
+        self._how = augment.parse(asked.augment, self._train, labels=asked.labels)
+        if asked.labels and self._how.mixes:
+            raise DataError("mixtures of images have no labels; leave out --labels, or mixup and cutmix")
         identity = asked.identity() | {
             "teacher": io.sha256(asked.teacher), "student": io.sha256(self.student_path), "data": self._train.source,
             "data kept aside": fingerprint(self._holdout),
         }  # fmt: skip
         self.checkpoints = Checkpoints(self.work / "checkpoints", identity)
-
-    def _split(self, specs: Sequence[fwdata.InputSpec]) -> None:
-        """Training, validation and holdout data; the last two checked and written to disk."""
-        asked = self.asked
-        if isinstance(self._data, fwdata.Splits):
-            self._take(self._data, specs)
-            return
-        sources = []
-        given = [asked.calibration, self._data] if asked.calibration is not None else [self._data]
-        for number, source in enumerate(given):
-            if source is None:
-                raise DataError("distillation needs data; give some with --data")
-            opened = fwdata.open_data(
-                source, specs, preprocess=asked.preprocess, tokenizer=asked.tokenizer, batch_size=asked.batch_size,
-                spool_folder=self.work / f"given-{number}",
-            )  # fmt: skip
-            sources.append(opened)
-        evaluation = sources[1] if len(sources) > 1 else None
-        parts = fwdata.split_to_teach(sources[0], seed=asked.seed, evaluation=evaluation)
-        self.notes += [*sources[0].notes, *parts.notes]
-        self._take(parts, specs)
-
-    def _take(self, parts: fwdata.Splits, specs: Sequence[fwdata.InputSpec]) -> None:
-        """Use these parts: read the two that are looked at often once."""
-        asked = self.asked
-        self._train = parts.calibration
-        for role in ("validation", "holdout"):
-            folder = self.work / role
-            shutil.rmtree(folder, ignore_errors=True)
-            part = getattr(parts, role)
-            if role == "holdout" and part.origin.stackable and not part.fixed:
-                part = dataclasses.replace(part, batch_size=1).of_units(part.units())
-            self.progress.start(f"reading {role} data", part.n_batches)
-            setattr(self, f"_{role}", fwdata.spool(part, folder, inputs=specs, progress=self.progress))
-        if asked.labels and not self._train.has_labels:
-            raise DataError(f"--labels needs labelled data, but {self._train.source} has no labels; leave it out")
-        self._how = augment.parse(asked.augment, self._train, labels=asked.labels)
-        if asked.labels and self._how.mixes:
-            raise DataError("mixtures of images have no labels; leave out --labels, or mixup and cutmix")
-
-    _validation: fwdata.Dataset
-    _holdout: fwdata.Dataset
 
     def _prepare(self, saved: Saved | None) -> None:
         """Executor, losses, memory; where the run stood."""
@@ -183,7 +145,8 @@ class Run:
         group = [atom for unit in units[:several] for atom in unit]
         first = augment.read(self._train, group, augment.Augment(), np.random.default_rng(0))
         shapes = {
-            n: tuple(2 if i == 0 and n in self._free else d for i, d in enumerate(x.shape)) for n, x in first.items()
+            n: tuple(2 if i == 0 and n in self._open_rows else d for i, d in enumerate(x.shape))
+            for n, x in first.items()
         }
         sizes = concrete(self.teacher, shapes), concrete(self.student_model, shapes)
         self._pairs = blocks.pairs(self.student_model, sizes, self._named)
@@ -371,6 +334,8 @@ class Run:
         path = self.work / f"{name}.onnx"
         self.write_student(path)
         reasons = list(dict.fromkeys(o.reason for o in outcomes)) or ["nothing to train"]
+        if not kept and loss[1] <= loss[0]:
+            reasons.insert(0, "only the softened validation loss fell")
         return Stage(
             name, seconds, sum(o.steps for o in outcomes), *loss, kept, "; ".join(reasons[:3]), proof.measured(path),
             outcomes[0].curve if name == "end" and outcomes else (), tuple(made),
@@ -384,7 +349,7 @@ class Run:
         self.progress.start("measuring the result")
         teacher, before, after, gain = proof.final(target)
         if not any(s.kept for s in stages):
-            self.notes.append(Note("result", "no stage made the validation loss smaller: the student is as it was"))
+            self.notes.append(Note("result", "no stage brought validation answers nearer: the student is as it was"))
         began, rate = next((s.rates for s in stages if s.rates), (self._rate, self._rate))
         if rate < began:
             lowered = f"lowered from {began:.2g} to {rate:.2g}, as the loss on validation data rose"

@@ -25,7 +25,7 @@ from featherweight.data import feeds
 from featherweight.data.dataset import Dim, InputSpec
 from featherweight.errors import ModelError
 from featherweight.graph import io, surgery
-from featherweight.graph.channels.follow import concrete
+from featherweight.graph.channels.sizes import concrete
 from featherweight.graph.normalise import normalise
 from featherweight.learn import narrow, repeats
 

@@ -88,12 +88,17 @@ class ChannelPrune:
         return (site,)
 
     def preview(self, model: ir.Model, site: Site, action: Action, ctx: Context) -> ir.Model:
-        """A copy that answers as the cut model would, with zeros where channels would go: no cutting, so cheaper."""
+        """A copy that answers as the cut model would, with zeros where channels would go: no cutting, so cheaper.
+
+        Where channels end without a reader there is nothing to put zeros in, so they are cut.
+        """
         channels = _prune.analysis(model, ctx)
         found, copy = _prune.ranked(model, _prune.group_of(channels, site.name), ctx), surgery.copy_model(model)
-        keep = _keep(action, found)
-        _prune.compensate(copy, [(found, keep)], ctx)
-        _ends.silence(copy, channels, found.removed(keep))
+        if _ends.ending(channels, found.group).any():
+            self.apply(copy, site, action, ctx)
+            self.finish(copy, ctx)
+        else:
+            _prune.compensate(copy, [(found, _keep(action, found))], ctx)
         return copy
 
     def finish(self, model: ir.Model, ctx: Context) -> None:

@@ -7,14 +7,15 @@ attention. A value without such an array can lose nothing. Stored tensors have s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import onnx_ir as ir
 
-from featherweight.graph import shapes, surgery
+from featherweight.graph import surgery
+from featherweight.graph.channels import sizes
 from featherweight.graph.channels.slots import I64, Slots, lined_up, varying
 
 if TYPE_CHECKING:
@@ -97,13 +98,13 @@ class Following:
         here = self.dims(value)
         if value is None or here is None or surgery.constant_tensor(value) is not None:
             return False
-        found = [there for sizes in self.other_sizes() if (there := sizes.get(value.name or "")) is not None]
+        found = [there for other in self.other_sizes() if (there := other.get(value.name or "")) is not None]
         return any(len(here) != len(there) or here[axis] != there[axis] for there in found)
 
     def other_sizes(self) -> list[dict[str, tuple[int, ...]]]:
         """Shapes with one open axis at another size, for each of them; found once, before the model is edited."""
         if self._other is None:
-            self._other = [concrete(self.model, self.given, other=axis) for axis in open_axes(self.model)]
+            self._other = [sizes.concrete(self.model, self.given, other=axis) for axis in sizes.open_axes(self.model)]
         return self._other
 
     def open_axes(self, value: ir.Value, array: I64) -> tuple[int, ...]:
@@ -275,53 +276,9 @@ def constant_axes(value: ir.Value | None, full: I64) -> tuple[Stored, tuple[int,
     return found, axes, tuple(a for a in varying(full) if a not in has)
 
 
-def concrete(
-    model: ir.Model, given: Mapping[str, tuple[int, ...]] | None, *, other: Hashable = None
-) -> dict[str, tuple[int, ...]]:
-    """Shapes of all values at concrete input sizes: those given, else 2 samples and 32 for other open axes.
-
-    `other`: an axis of `open_axes` that gets another size: one sample more, or half the length (what fits a length
-    mostly fits a shorter one).
-    """
-    inputs = dict(given or {})
-    changed: int | None = None
-    for value in _open_inputs(model):
-        name, dims = value.name or "", list(value.shape or ())
-        sizes = list(
-            inputs.get(name) or [d if isinstance(d, int) else (2 if a == 0 else 32) for a, d in enumerate(dims)]
-        )
-        for a, d in enumerate(dims[: len(sizes)]):
-            if other is not None and _axis_key(name, a, d) == other:
-                n = sizes[a]
-                changed = (n + 1 if a == 0 or n < 2 else n // 2) if changed is None else changed
-                sizes[a] = changed
-        inputs[name] = tuple(sizes)
-    return {name: k.sizes for name, k in shapes.infer(model, inputs).items() if k.sizes is not None}
-
-
-def open_axes(model: ir.Model) -> list[Hashable]:
-    """The model's open axes: names, and where an axis has none its input and number."""
-    return list(
-        dict.fromkeys(
-            key
-            for value in _open_inputs(model)
-            for a, d in enumerate(value.shape or ())
-            if (key := _axis_key(value.name or "", a, d)) is not None
-        )
-    )
-
-
-def _open_inputs(model: ir.Model) -> list[ir.Value]:
-    return [v for v in model.graph.inputs if v.name and v.shape is not None and not v.is_initializer()]
-
-
-def _axis_key(name: str, axis: int, dim: int | ir.SymbolicDim) -> Hashable:
-    return None if isinstance(dim, int) else dim.value or (name, axis)
-
-
 def follow(model: ir.Model, rules: Mapping[str, Rule], given: Mapping[str, tuple[int, ...]] | None = None) -> Following:
-    """Walk all nodes in order, bodies of control flow included. `given`: concrete sizes of inputs, see `concrete`."""
-    f = Following(model, concrete(model, given), surgery.paths(model), given or {})
+    """Walk all nodes in order, bodies of control flow included. `given`: sizes of inputs, see `sizes.concrete`."""
+    f = Following(model, sizes.concrete(model, given), surgery.paths(model), given or {})
     _walk(model.graph, f, rules)
     for value in model.graph.outputs:
         if value in f.at:
@@ -397,4 +354,4 @@ def register(table: Registered, *op_types: str) -> Callable[[type[Rule]], type[R
     return add
 
 
-__all__ = ["Birth", "Constraint", "Following", "Reader", "Rule", "Stored", "concrete", "follow", "lined_up", "stored"]
+__all__ = ["Birth", "Constraint", "Following", "Reader", "Rule", "Stored", "follow", "lined_up", "stored"]
