@@ -176,7 +176,7 @@ def test_four_bit_blocks_with_zero_points_keep_their_type() -> None:
     assert written.graph.initializers["z"].const_value.tobytes() == model.graph.initializers["z"].const_value.tobytes()
 
 
-def qdq_conv() -> ir.Model:
+def qdq_conv(*, product: bool = False) -> ir.Model:
     """x -> Q -> DQ -> Conv(int8 weights per channel, int32 bias) -> Relu -> Q -> DQ."""
     rng = np.random.default_rng(1)
     weights = {
@@ -185,6 +185,8 @@ def qdq_conv() -> ir.Model:
         "bq": rng.integers(-2000, 2000, 4).astype(np.int32), "bs": np.full(4, 0.0003, np.float32),
         "wz": np.zeros(4, np.int8),
     }  # fmt: skip
+    if product:
+        weights["bs"] = weights["xs"] * weights["ws"]
     nodes = [
         N("QuantizeLinear", ["x", "xs", "xz"], ["xq"]), N("DequantizeLinear", ["xq", "xs", "xz"], ["xd"]),
         N("DequantizeLinear", ["wq", "ws", "wz"], ["w"], axis=0), N("DequantizeLinear", ["bq", "bs"], ["b"], axis=0),
@@ -203,7 +205,18 @@ def test_int8_weights_and_activations_are_trained_and_written_back() -> None:
             model.graph.initializers[name].const_value.tobytes()
         )
     assert written.graph.initializers["wq"].dtype == ir.DataType.INT8
-    check(model, {"x": x}, {"w", "b", "xs", "ys", "ws", "bs"}, train_scales=True)
+    check(model, {"x": x}, {"w", "b", "ys"}, train_scales="all")  # a bias of steps of its own holds the others
+
+
+@pytest.mark.parametrize(("kind", "names"), [("weights", {"w", "b", "ws"}), ("all", {"w", "b", "xs", "ys", "ws"})])
+def test_steps_of_an_integer_bias_follow_the_scales_beside_it(kind: Any, names: set[str]) -> None:
+    """Integer kernels add codes of the bias to products of codes, whatever its scale in the file says."""
+    model = qdq_conv(product=True)
+    x = np.random.default_rng(2).standard_normal((2, 3, 5, 5)).astype(np.float32)
+    written = check(model, {"x": x}, names, train_scales=kind)
+    new, old = ({n: v.const_value.numpy() for n, v in m.graph.initializers.items()} for m in (written, model))
+    assert not np.allclose(new["ws"], old["ws"], rtol=1e-4)
+    np.testing.assert_allclose(new["bs"], new["xs"] * new["ws"], rtol=1e-6)
 
 
 def test_scales_and_codebooks_are_trained_when_asked() -> None:
@@ -212,10 +225,10 @@ def test_scales_and_codebooks_are_trained_when_asked() -> None:
     palette = encode.palette(rng.integers(0, 8, (6, 5)), rng.standard_normal(8).astype(np.float32), 3)
     for encoded in (linear, palette):
         model = encoded_model(encoded)
-        executor = Executor(model, train_scales=True)
+        executor = Executor(model, train_scales="all")
         names = set(executor.parameters_by_name())
         assert len(names) == 2
-        check(model, {"x": rng.standard_normal((4, 6)).astype(np.float32)}, names, train_scales=True)
+        check(model, {"x": rng.standard_normal((4, 6)).astype(np.float32)}, names, train_scales="all")
 
 
 def test_codes_read_twice_are_one_weight() -> None:

@@ -64,7 +64,7 @@ QDQ = {
 @pytest.mark.parametrize("form", QDQ)
 def test_quantize_and_dequantize_together_and_apart_have_the_same_gradients(form) -> None:
     weights = {"s": np.float32(0.25), "z": np.uint8(9)}
-    executor = executor_of(f"g (float[N, 3] x) => (float[N, 3] y) {{ {QDQ[form]} }}", weights, train_scales=True)
+    executor = executor_of(f"g (float[N, 3] x) => (float[N, 3] y) {{ {QDQ[form]} }}", weights, train_scales="all")
     x = torch.linspace(-4, 70, 24, dtype=torch.float64).reshape(8, 3).requires_grad_()
     (executor({"x": x})["y"] * torch.arange(24).reshape(8, 3)).sum().backward()
     with torch.no_grad():

@@ -34,7 +34,7 @@ WRITTEN = ("model.onnx", "report.json", "report.html")
 @options.metric_option
 @options.form_options
 @option("--batch-size", type=click.IntRange(min=1), metavar="N", section="Search", help="Samples a step. Default: 16.")
-@option("--stages", metavar="A,B", section="Search", help="layers, end. Default: end; both for codes.")
+@option("--stages", metavar="A,B", section="Search", help="layers, end. Default: by the student.")
 @option(
     "--loss",
     type=click.Choice(["auto", "kl", "embedding", "mse"]),
@@ -56,7 +56,20 @@ WRITTEN = ("model.onnx", "report.json", "report.html")
 )
 @option("--ema", type=float, metavar="DECAY", section="Search", help="Average weights over steps. Default: 0.98.")
 @option("--freeze", metavar="NAMES", section="Search", help="Weights that stay, e.g. '*embeddings*'; commas between.")
-@option("--train-scales", is_flag=True, section="Search", help="Train the quantizers' scales too.")
+@option(
+    "--train-scales",
+    type=click.Choice(["none", "weights", "all"]),
+    metavar="WHICH",
+    section="Search",
+    help="Of the quantizers: none, weights (default) or all.",
+)
+@option(
+    "--rounding",
+    type=click.Choice(["straight", "learned"]),
+    metavar="HOW",
+    section="Search",
+    help="Of codes in blocks: straight (default) or learned.",
+)
 @option("--max-steps", type=click.IntRange(min=1), metavar="N", section="Search", help="Steps of each stage.")
 @option(
     "--time-budget", type=options.DURATION, metavar="TIME", section="Budget", help="Of the whole run. Default: 20m."

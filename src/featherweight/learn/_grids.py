@@ -72,6 +72,33 @@ class Affine(nn.Module):
         return (torch.round(steps) + self._offset(latent)).clamp(self.low, self.high).to(torch.int32)
 
 
+class Bias(nn.Module):
+    """Codes of a bias in steps of its input's scale times its weight's, which integer kernels take for granted."""
+
+    def __init__(self, grid: Affine) -> None:
+        super().__init__()
+        self.grid = grid
+
+    def forward(self, latent: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        """The bias (channels,) rounded; scales `x` and `w` of one number or (channels,)."""
+        value: Tensor = self.grid(latent, product(x, w))
+        return value
+
+    def spacing(self, latent: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        """Distance between neighbours."""
+        return self.grid.spacing(latent, product(x, w))
+
+    def codes(self, latent: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        """Integer codes."""
+        return self.grid.codes(latent, product(x, w))
+
+
+def product(x: Tensor, w: Tensor) -> Tensor:
+    """The scale of a bias: flat, or one number."""
+    made = x.reshape(-1) * w.reshape(-1)
+    return made.reshape(()) if made.numel() == 1 else made
+
+
 class Whole(nn.Module):
     """Codes themselves, read by an integer product: the weight in units of its scale, which stands elsewhere."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from featherweight.core import Note
 from featherweight.errors import ModelError
+from featherweight.learn import _biases as biases
 from featherweight.learn import _encodings, _tensors
-from featherweight.learn._grids import Affine, Masked, Rows
+from featherweight.learn._grids import Affine, Bias, Masked, Rows
 from featherweight.learn._program import Program, Source, needed
 from featherweight.learn._trained import Trained, stored_tensor
 from featherweight.learn.ops.registry import describe
@@ -29,6 +31,8 @@ _SETTINGS: dict[str, tuple[int, ...]] = {
 """Inputs that set how an operator works, or are statistics: stored floats, but no weights."""
 _WEIGHING = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN", "BatchNormalization",
                        "LayerNormalization", "InstanceNormalization", "GroupNormalization", "Gather"})  # fmt: skip
+Scales = Literal["none", "weights", "all"]
+"""Which scales are trained: of weights, with their codebooks, or of activations too."""
 NARROW = (torch.float16, torch.bfloat16)
 MASK_FROM = 1e9
 """No weight is as large; what attention masks add is."""
@@ -93,7 +97,9 @@ class Scale(nn.Module):
         return value if self._narrow is None else value.to(self._narrow)
 
 
-def choose(model: ir.Model, trainable: Callable[[str], bool] | None, *, train_scales: bool, keep_zeros: bool) -> Chosen:
+def choose(
+    model: ir.Model, trainable: Callable[[str], bool] | None, *, train_scales: Scales, keep_zeros: bool
+) -> Chosen:
     """The weights of a model that can be trained and that `trainable` does not exclude."""
     chosen = Chosen()
     taken: set[str] = set()
@@ -119,8 +125,10 @@ def choose(model: ir.Model, trainable: Callable[[str], bool] | None, *, train_sc
             continue
         if _is_weight(value, nodes) and wanted(value.name):
             chosen.trained.append(_plain(value, keep_zeros))
-    if train_scales:
-        chosen.trained.extend(_scales(chosen.trained, nodes, wanted))
+    if train_scales != "none":
+        chosen.trained, follow = biases.linked(chosen.trained)
+        taken |= follow
+        chosen.trained.extend(_scales(chosen.trained, nodes if train_scales == "all" else set(), wanted))
     return chosen
 
 
@@ -178,7 +186,7 @@ def _master(value: ir.Value) -> tuple[Tensor, torch.dtype]:
 def _scales(encoded: list[Trained], nodes: set[ir.Node], wanted: Callable[[str | None], bool]) -> Iterator[Trained]:
     """Scales and codebooks of encoded weights, then scales of activations; each once."""
     for t in encoded:
-        for part in t.parts:
+        for part in () if isinstance(t.shaper, Bias) else t.parts:
             if _is_float(part) and wanted(part.name):
                 latent, kind = _master(part)
                 if isinstance(t.shaper, Affine | Masked | Rows) and latent.ndim < 3 and latent.min() >= 0:

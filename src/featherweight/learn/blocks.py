@@ -71,6 +71,12 @@ def meeting_places(graph: ir.Graph) -> list[str]:
     return found
 
 
+def same_places(teacher: ir.Model, student: ir.Model) -> bool:
+    """True if the student is the teacher block for block, whatever its widths; both graphs must be sorted."""
+    theirs = meeting_places(teacher.graph)
+    return bool(theirs) and theirs == meeting_places(student.graph)
+
+
 def _learns(reads: Sequence[ir.Value], known: dict[ir.Value, bool]) -> bool:
     """True if the node joins a value of the data with a weight: a constant float of two or more axes."""
     fixed = [v for v in reads if surgery.is_constant(v, known)]

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from featherweight.core import Note, Progress, Silent
 from featherweight.errors import BudgetError, DataError, OutputError
@@ -22,6 +22,8 @@ from featherweight.learn.result import Distilled
 from featherweight.quantities import parse_duration, parse_size
 
 STAGES = ("layers", "end")
+ROUNDINGS = ("straight", "learned")
+Scales = Literal["none", "weights", "all"]
 DEFAULT_TIME = "20m"
 #: Temperature where labels do not teach: classes that the data do not show are taught by their small scores.
 TEMPERATURE = 4.0
@@ -32,9 +34,12 @@ EMA = 0.98
 class Asked:
     """One request, checked. Times in seconds, sizes in bytes; None where the default decides.
 
-    `stages` None: blocks first where weights lie on grids, whose rounding is learned there; else only end to end.
+    `stages` None: blocks first where the student is the teacher block for block, or has weights on grids; else only
+    end to end.
     `rate`: highest learning rate, relative to the size of each weight; None: by how damaged the student is.
     `temperature` None: `TEMPERATURE`, with labels 1. `features`: weight of inner tensors in the loss;
+    `train_scales`: whether the scales and codebooks of weights are trained too, or `all` scales, or `none`;
+    `rounding`: how blocks learn weights on grids: `straight` through the rounding, or `learned` moves of codes;
     `ema`: decay of the averaged weights that are checked and kept, 0 for the weights as they are;
     `freeze`: patterns of names, separated by commas, of weights that stay as they are, e.g. "*embeddings*";
     `max_steps`: fixes the number of steps of each stage, so that a run does not depend on the clock.
@@ -51,7 +56,8 @@ class Asked:
     features: float | None = None
     rate: float | None = None
     ema: float = EMA
-    train_scales: bool = False
+    train_scales: Scales = "weights"
+    rounding: str = ROUNDINGS[0]
     freeze: str = ""
     batch_size: int = 16
     max_steps: int | None = None
@@ -67,6 +73,12 @@ class Asked:
     def __post_init__(self) -> None:
         if self.stages is not None and (not self.stages or set(self.stages) - set(STAGES)):
             raise DataError(f"stages must be some of {', '.join(STAGES)}, but got {', '.join(self.stages) or 'none'}")
+        if self.rounding not in ROUNDINGS:
+            raise DataError(f"rounding must be one of {', '.join(ROUNDINGS)}, but got {self.rounding!r}")
+        if self.train_scales not in get_args(Scales):
+            raise DataError(
+                f"train_scales must be one of {', '.join(get_args(Scales))}, but got {self.train_scales!r}"
+            )
         for name in ("batch_size", "max_steps", "temperature", "rate"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -117,7 +129,7 @@ def distill(
         example_inputs, dynamic: of a teacher that is converted, as in `convert.to_onnx`.
         progress: where long work reports itself.
         **asked: the fields of `Asked`: stages, loss, labels, metric, augment, temperature, features, rate, ema,
-            train_scales, freeze, batch_size, max_steps, threads, seed, preprocess, tokenizer, calibration,
+            train_scales, rounding, freeze, batch_size, max_steps, threads, seed, preprocess, tokenizer, calibration,
             trust (of pickled modules).
 
     Raises:

@@ -32,7 +32,8 @@ class Executor(nn.Module):
     Args:
         model: not changed; functions are inlined in a private copy.
         trainable: narrows the weights that are trained, by name; None trains all that the graph uses as weights.
-        train_scales: also train the scales of QuantizeLinear and DequantizeLinear, of encodings, and codebooks.
+        train_scales: "weights": also train the scales and codebooks of encoded weights; "all": and the scales of other
+            QuantizeLinear and DequantizeLinear. Those of integer biases follow from the others.
         keep_zeros: weights of which a part is exactly 0 (pruned) keep those zeros.
 
     Raises:
@@ -44,7 +45,7 @@ class Executor(nn.Module):
         model: ir.Model,
         *,
         trainable: Callable[[str], bool] | None = None,
-        train_scales: bool = False,
+        train_scales: _parameters.Scales = "none",
         keep_zeros: bool = True,
     ) -> None:
         super().__init__()

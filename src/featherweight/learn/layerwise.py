@@ -27,28 +27,36 @@ from featherweight.learn.rounding import Rounding
 from featherweight.learn.teacher import Lesson, Lessons, as_tensors
 from featherweight.learn.training import Check, Keeper, Outcome, Recipe, Trainer, Work
 
-#: Bytes of all files together; fewer samples are taken where they do not fit.
-FILES_BYTES = 2 << 30
-#: One micro-batch in so many is for checking.
-CHECK_SHARE = 8
-#: Times that the data are drawn (augmented differently each time).
-VIEWS = 1
-#: Weight of the penalty on moves that are not whole, relative to the error of the block.
-PENALTY = 0.1
+#: Bytes of all files together, and the share of the free disk; fewer samples are taken where they do not fit.
+FILES_BYTES, FREE_SHARE = 4 << 30, 0.25
+#: Of these bytes, for checking.
+CHECK_SHARE = 0.125
+#: Data that come back changed are drawn once for so many seconds of the stage, at most so often.
+VIEW_S, MOST_VIEWS = 60.0, 8
+#: Values up to here are kept as halves.
+MOST_HALF = 6e4
+#: Learning rate over the relative error of a block, and its limits: few codes need to move where little is wrong.
+RATE, LEAST_RATE, MOST_RATE = 0.03, 5e-3, 2e-2
+#: Highest rate, and weight of the penalty on moves that are not whole relative to the error, of learned rounding.
+RATE_MOVES, PENALTY = 1e-3, 0.1
 
 
 @dataclass(frozen=True)
 class Blockwise:
-    """What the stage works on. `costs`: work of each block, in any unit; `answer`: the loss of the outputs."""
+    """What the stage works on. `costs`: work of each block, in any unit; `recipe`: how it is trained at a highest rate;
+    `answer`: the loss of the outputs; `rate`: of all blocks, None: by each one's error; `learned`: learned rounding.
+    """
 
     executor: Executor
     blocks: Sequence[Block]
     costs: Sequence[float]
-    recipe: Recipe
+    recipe: Callable[[float], Recipe]
     units: Mapping[str, Tensor]
     outputs: Sequence[str]
     answer: Callable[[Mapping[str, Tensor], Lesson], Tensor]
     seed: int = 0
+    rate: float | None = None
+    learned: bool = False
 
     def ends(self, block: Block) -> tuple[list[str], list[str]]:
         """The teacher's tensors that a block is taught by, and the student's."""
@@ -58,46 +66,57 @@ class Blockwise:
 
 
 class Files:
-    """Micro-batches of tensors as .npy files: feeds, the teacher's answers at each place, the student's starts."""
+    """Micro-batches of tensors as .npy files: feeds, the teacher's answers at each place, the student's starts.
+
+    `n` of them; those from `checked` on are of validation data. Floats are kept as halves, which are nearer to them
+    than the student is.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.n = 0
+        self.n = self.checked = 0
         self._names: dict[str, dict[str, int]] = {}
+        self._wide: dict[tuple[str, str], np.dtype[Any]] = {}
 
-    def fill(self, lessons: Lessons, places: Sequence[str], progress: Progress) -> None:
-        """Draw the data and ask the teacher, once."""
+    def fill(self, lessons: Lessons, checks: Lessons, places: Sequence[str], views: int, progress: Progress) -> None:
+        """Draw the data `views` times and the validation data once, and ask the teacher."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        steps = lessons.steps_an_epoch * (VIEWS if lessons.augmented else 1)
-        progress.start("asking the teacher for its inner answers", steps)
-        used = 0
+        most = min(FILES_BYTES, FREE_SHARE * shutil.disk_usage(self.folder).free)
+        steps = lessons.steps_an_epoch * (views if lessons.augmented else 1)
+        progress.start("asking the teacher for its inner answers", steps + checks.steps_an_epoch)
+        self._draw(lessons, steps, places, most * (1 - CHECK_SHARE), progress)
+        self.checked = self.n
+        self._draw(checks, checks.steps_an_epoch, places, most * CHECK_SHARE, progress)
+
+    def _draw(self, lessons: Lessons, steps: int, places: Sequence[str], most: float, progress: Progress) -> None:
+        """Micro-batches of some steps, at least one, as long as they fit into `most` bytes."""
+        used, first = 0, self.n
         for step in range(steps):
             for lesson in lessons.step(step):
-                answers = {p: lesson.answers[p] for p in places}
-                used += self._size(answers) + self._size(lesson.feeds)
-                if self.n and used > FILES_BYTES:
+                kept = (lesson.feeds, {p: lesson.answers[p] for p in places})
+                used += sum(x.nbytes // (2 if x.dtype == torch.float32 else 1) for some in kept for x in some.values())
+                if self.n > first and used > most:
                     return
-                self.put("feeds", self.n, lesson.feeds)
-                self.put("theirs", self.n, answers)
+                for kind, tensors in zip(("feeds", "theirs"), kept, strict=True):
+                    self.put(kind, self.n, tensors)
                 self.n += 1
             progress.advance()
-
-    @staticmethod
-    def _size(tensors: Mapping[str, Tensor]) -> int:
-        return sum(x.nbytes for x in tensors.values())
 
     def put(self, kind: str, i: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep some tensors of micro-batch `i`."""
         for k, (name, x) in enumerate(tensors.items()):
             self._names.setdefault(kind, {})[name] = k
-            np.save(self.folder / f"{kind}-{k}-{i}.npy", x.detach().contiguous().numpy())
+            array = x.detach().contiguous().numpy()
+            narrow = array.dtype == np.float32 and float(np.abs(array).max(initial=0.0)) <= MOST_HALF
+            np.save(self.folder / f"{kind}-{k}-{i}.npy", array.astype(np.float16) if narrow else array)
+            self._wide[kind, name] = array.dtype
 
     def get(self, kind: str, i: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """Some tensors of micro-batch `i`."""
+        """Some tensors of micro-batch `i`, in the type they came in."""
         at = self._names[kind]
         arrays = {n: np.load(self.folder / f"{kind}-{at[n]}-{i}.npy") for n in names}
-        return as_tensors(arrays)
+        return as_tensors({n: x.astype(self._wide[kind, n], copy=False) for n, x in arrays.items()})
 
     def names(self, kind: str) -> list[str]:
         """Names of the tensors of a kind."""
@@ -110,6 +129,7 @@ class Files:
     def become(self, kind: str, other: str) -> None:
         """Tensors of one kind take the place of those of another."""
         names = self._names.pop(kind)
+        self._wide |= {(other, n): self._wide.pop((kind, n)) for n in names}
         for k in names.values():
             for i in range(self.n):
                 (self.folder / f"{kind}-{k}-{i}.npy").replace(self.folder / f"{other}-{k}-{i}.npy")
@@ -119,8 +139,10 @@ class Files:
 def train_blocks(
     job: Blockwise,
     lessons: Lessons,
+    checks: Lessons,
     folder: Path,
     *,
+    views: int,
     seconds: float,
     keeper: Callable[[int], Keeper] | None,
     start: tuple[int, Mapping[str, Any], Mapping[str, Tensor]] | None,
@@ -130,11 +152,13 @@ def train_blocks(
 ) -> tuple[list[BlockDone], list[Outcome]]:
     """Train each block in order; `seconds` are shared by what blocks cost.
 
+    `checks`: validation data, unchanged; `views`: how often the data are drawn (see `views_for`).
     `start`: block, trainer's state and tensors of a checkpoint; blocks before it are done. `clock`: seconds used by the
     stage so far.
     """
     files = Files(folder)
-    files.fill(lessons, list(dict.fromkeys(n for b in job.blocks for n in job.ends(b)[0])), progress)
+    places = list(dict.fromkeys(n for b in job.blocks for n in job.ends(b)[0]))
+    files.fill(lessons, checks, places, views, progress)
     first = 0 if start is None else start[0]
     results, outcomes = [], []
     for k, block in enumerate(job.blocks):
@@ -142,15 +166,17 @@ def train_blocks(
             share = job.costs[k] / max(math.fsum(job.costs[k:]), 1e-12)
             taught = _Taught(job, block, files, k)
             if taught.parameters:
+                error = taught.error() if start is None or k != first else float(start[1]["curve"][0]["check"])
                 trainer = Trainer(
-                    taught.work(), job.recipe, seconds=max((seconds - clock()) * share, 0.0),
+                    taught.work(), job.recipe(taught.rate(error)), seconds=max((seconds - clock()) * share, 0.0),
                     keeper=keeper(k) if keeper else None, progress=progress,
                     name=f"block {k + 1} of {len(job.blocks)}", stop=stop,
                 )  # fmt: skip
                 if start is not None and k == first:
                     trainer.resume(start[1], start[2])
                 outcome = trainer.run()
-                taught.rounding.settle()
+                if taught.rounding:
+                    taught.rounding.settle()
                 best = min(p.check for p in outcome.curve)
                 name = "outputs" if block.end is None else block.end.student
                 results.append(BlockDone(name, outcome.curve[0].check, best, outcome.steps))
@@ -161,6 +187,12 @@ def train_blocks(
         _advance(files, block, segment, job.blocks[k + 1].starts if k + 1 < len(job.blocks) else ())
     shutil.rmtree(folder, ignore_errors=True)
     return results, outcomes
+
+
+def views_for(seconds: float, steps: int | None, lessons: Lessons) -> int:
+    """How often data that come back changed are drawn for a stage of so many seconds, or `steps` a block."""
+    wanted = seconds / VIEW_S if steps is None else steps / lessons.steps_an_epoch
+    return int(min(max(wanted, 1), MOST_VIEWS))
 
 
 def _starts(files: Files, names: Sequence[str], i: int) -> dict[str, Tensor]:
@@ -190,7 +222,7 @@ class _Taught:
         done = {n for b in job.blocks[:k] for n in b.weights}  # what an earlier block reads too was taught there
         known = {n: p for n, p in job.executor.parameters_by_name().items() if p.requires_grad and n not in done}
         self._job, self._block, self._files, self._k = job, block, files, k
-        self.rounding = Rounding(job.executor, [n for n in block.weights if n in known])
+        self.rounding = Rounding(job.executor, [n for n in block.weights if n in known] if job.learned else [])
         self.parameters = {n: known[n] for n in block.weights if n in known and n not in self.rounding.names}
         self.parameters |= self.rounding.parameters()
         self._theirs, self._ours = job.ends(block)
@@ -198,8 +230,7 @@ class _Taught:
         self._segment = self._plain
         if self.rounding:
             self._segment = job.executor.segment([*block.starts, *self.rounding.values], self._ours)
-        self._checked = [i for i in range(files.n) if i % CHECK_SHARE == CHECK_SHARE - 1] or [files.n - 1]
-        self._trained = [i for i in range(files.n) if i not in self._checked] or [0]
+        self._trained, self._checked = range(files.checked), range(files.checked, files.n)
         self._projection: Projection | None = None
         if block.end is not None and block.end.axis is not None:
             self._projection = Projection(block.end.axis)
@@ -238,7 +269,20 @@ class _Taught:
 
     @torch.no_grad()
     def _check(self) -> Check:
-        return Check(math.fsum(float(self._loss(i, hard=True)) for i in self._checked) / len(self._checked))
+        return Check(self.error())
+
+    @torch.no_grad()
+    def error(self) -> float:
+        """Loss on validation data, with weights as a file will have them."""
+        return math.fsum(float(self._loss(i, hard=True)) for i in self._checked) / len(self._checked)
+
+    def rate(self, error: float) -> float:
+        """The highest learning rate for a block that is off by so much before it is taught."""
+        if self._job.rate is not None:
+            return self._job.rate
+        if self.rounding:
+            return RATE_MOVES
+        return LEAST_RATE if self._block.end is None else min(max(RATE * error, LEAST_RATE), MOST_RATE)
 
 
-__all__ = ["Blockwise", "train_blocks"]
+__all__ = ["Blockwise", "train_blocks", "views_for"]

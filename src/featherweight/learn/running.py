@@ -37,9 +37,9 @@ from featherweight.quantities import format_bytes
 from featherweight.search.problem import input_specs
 
 #: Share of the time that goes to the blocks where both stages are asked for.
-LAYERS_TIME = 0.3
+LAYERS_TIME = 0.5
 #: Highest learning rates relative to the size of each weight, and the weight of inner tensors.
-RATE_LAYERS, RATE_END, FEATURES = 1e-3, 5e-3, 8.0
+RATE_END, FEATURES = 5e-3, 8.0
 #: Relative error of inner tensors and outputs from which the whole rate is taken; the least share of it.
 DAMAGED, LEAST_RATE = 0.25, 0.1
 #: How often a rate that was not asked for may be lowered.
@@ -172,7 +172,8 @@ class Run:
         temperature = (1.0 if asked.labels else TEMPERATURE) if asked.temperature is None else asked.temperature
         features = FEATURES if asked.features is None else asked.features
         self._weights = Weights(features=features, temperature=temperature)
-        self._wanted = asked.stages or (STAGES if self.student.executor.grids() else STAGES[1:])
+        alike = blocks.same_places(self.teacher, self.student_model)
+        self._wanted = asked.stages or (STAGES if alike or self.student.executor.grids() else STAGES[1:])
         self._matching = Matching(self.student.forward, self._targets, equal or self._pairs, self._weights)
         self.progress.start("seeing how the student does now")
         self._check = Checker(self.student.forward, self._targets, self._validation, teacher, self.metric, temperature)
@@ -283,15 +284,22 @@ class Run:
         shapes = {n: x.shape for n, x in next(iter(self._validation.batches())).feeds.items()}
         macs = {n.name: n.macs or 0 for n in cost.costs(self.student_model, input_shapes=shapes).nodes}
         each = None if asked.max_steps is None else max(1, asked.max_steps // len(found))
-        recipe = Recipe(asked.rate or RATE_LAYERS, most_steps=each, checks=6, patience=6)
         job = layerwise.Blockwise(
-            self.student.executor, found, [1 + sum(macs.get(n, 0) for n in b.nodes) for b in found], recipe,
-            self._units, [t.name for t in self._targets], self._matching.outputs, asked.seed,
+            self.student.executor, found, [1 + sum(macs.get(n, 0) for n in b.nodes) for b in found],
+            lambda rate: Recipe(rate, most_steps=each, checks=6, patience=6), self._units,
+            [t.name for t in self._targets], self._matching.outputs, asked.seed, asked.rate,
+            asked.rounding == "learned",
         )  # fmt: skip
         start = None if here is None else (int(here.state["block"]), here.state["trainer"], here.tensors)
         began = self.entry[0]
+        lessons = self._lessons()
+        checks = Lessons(
+            self._validation, self._ask, batch=asked.batch_size, micro=self._memory.micro, seed=asked.seed,
+            how=augment.Augment(), labels=False,
+        )  # fmt: skip
         made, outcomes = layerwise.train_blocks(
-            job, self._lessons(), self.work / "blocks", seconds=until - began,
+            job, lessons, checks, self.work / "blocks", views=layerwise.views_for(until - began, each, lessons),
+            seconds=until - began,
             keeper=lambda k: self._keeper("layers", k, done), start=start, progress=self.progress,
             stop=lambda: self._stopped, clock=lambda: self.elapsed() - began,
         )  # fmt: skip

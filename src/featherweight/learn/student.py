@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from featherweight.errors import BudgetError, ModelError
+from featherweight.learn._parameters import Scales
 from featherweight.learn.execute import Executor
 from featherweight.learn.optimiser import unit_of
 from featherweight.quantities import format_bytes
@@ -74,7 +75,7 @@ def fit_memory(print_: Footprint, batch: int, limit: int | None) -> Fit:
 class Student:
     """An executor with its inputs' memory layout, optional recomputation, and learning rates by weight."""
 
-    def __init__(self, model: ir.Model, *, train_scales: bool, freeze: Sequence[str] = ()) -> None:
+    def __init__(self, model: ir.Model, *, train_scales: Scales, freeze: Sequence[str] = ()) -> None:
         """`freeze`: patterns of names of weights that stay. Raises ModelError for one that fits no weight."""
         self.model = model
         self.executor = Executor(model, train_scales=train_scales).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
