@@ -25,7 +25,7 @@ from featherweight.learn.losses import Projection
 from featherweight.learn.result import Block as BlockDone
 from featherweight.learn.rounding import Rounding
 from featherweight.learn.teacher import Lesson, Lessons, as_tensors
-from featherweight.learn.training import Check, Keeper, Outcome, Recipe, Trainer, Work
+from featherweight.learn.training import Check, Keeper, Outcome, Recipe, Trainer, Work, first_check
 
 #: Bytes of all files together, and the share of the free disk; fewer samples are taken where they do not fit.
 FILES_BYTES, FREE_SHARE = 4 << 30, 0.25
@@ -166,7 +166,7 @@ def train_blocks(
             share = job.costs[k] / max(math.fsum(job.costs[k:]), 1e-12)
             taught = _Taught(job, block, files, k)
             if taught.parameters:
-                error = taught.error() if start is None or k != first else float(start[1]["curve"][0]["check"])
+                error = taught.error() if start is None or k != first else first_check(start[1])
                 trainer = Trainer(
                     taught.work(), job.recipe(taught.rate(error)), seconds=max((seconds - clock()) * share, 0.0),
                     keeper=keeper(k) if keeper else None, progress=progress,

@@ -37,7 +37,7 @@ from featherweight.quantities import format_bytes
 from featherweight.search.problem import input_specs
 
 #: Share of the time that goes to the blocks where both stages are asked for.
-LAYERS_TIME = 0.5
+LAYERS_TIME = 0.7
 #: Highest learning rates relative to the size of each weight, and the weight of inner tensors.
 RATE_END, FEATURES = 5e-3, 8.0
 #: Relative error of inner tensors and outputs from which the whole rate is taken; the least share of it.

@@ -146,6 +146,14 @@ class _State:
             raise DataError(f"the checkpoint's state is malformed ({type(e).__name__}: {e}); begin anew") from e
 
 
+def first_check(state: Mapping[str, Any]) -> float:
+    """The loss on validation data before the first step, of a state that was kept. Raises DataError."""
+    curve = _State.from_json(state).curve
+    if not curve:
+        raise DataError("the checkpoint's state holds no check on validation data; begin anew")
+    return curve[0].check
+
+
 class Trainer:
     """Trains some work for at most `seconds`; pauses between resumed runs are not counted."""
 
