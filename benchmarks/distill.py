@@ -199,9 +199,9 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         "# Distillation", "",
         "Top-1 on 500 photos that were never trained on; 500 other photos, without labels, taught and guarded.",
-        "`plain`: channels cut off or weights rounded to the nearest value, nothing else; `before`: with what "
-        "`compress` solves layer by layer, on the same photos; `back`: share that teaching brought back of the "
-        "accuracy that was still lost; `of all`: with what was solved for, of what plain compression loses; `rate`: the highest of the "
+        "`plain`: channels cut off or weights rounded to the nearest value, nothing else; `before`: with what",
+        "`compress` solves layer by layer, on the same photos; `back`: share that teaching brought back of what was",
+        "still lost; `of all`: with what was solved for, of what plain compression loses; `rate`: the highest of the",
         "second stage, as it was at the end (docs/learn.md).",
         "Machine and versions: distill.json.", "",
         "| student | MB | original | plain | before | after blocks | after | back | of all | rate | time | peak |",

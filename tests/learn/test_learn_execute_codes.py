@@ -219,6 +219,32 @@ def test_steps_of_an_integer_bias_follow_the_scales_beside_it(kind: Any, names: 
     np.testing.assert_allclose(new["bs"], new["xs"] * new["ws"], rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("scales", "trained"),
+    [
+        (("s", "s", "t", "t"), {"s", "t"}),  # other values: no kernel for codes anyway
+        (("s", "s", "same", "same"), set()),  # the pool hands codes on
+        (("s", "s", "s", "s"), {"s"}),
+        (("s", "same", "t", "t"), {"t"}),  # a quantizer and its dequantizer
+    ],
+)
+def test_scales_that_must_stay_equal_are_not_trained_apart(scales: tuple[str, ...], trained: set[str]) -> None:
+    weights = {
+        "s": np.float32(0.03), "same": np.float32(0.03), "t": np.float32(0.05), "z": np.uint8(128),
+        "w": np.random.default_rng(0).standard_normal((2, 3, 1, 1)).astype(np.float32),
+    }  # fmt: skip
+    one, two, three, four = scales
+    nodes = [
+        N("Conv", ["x", "w"], ["c"]), N("QuantizeLinear", ["c", one, "z"], ["cq"]),
+        N("DequantizeLinear", ["cq", two, "z"], ["cd"]), N("MaxPool", ["cd"], ["p"], kernel_shape=[2, 2]),
+        N("QuantizeLinear", ["p", three, "z"], ["pq"]), N("DequantizeLinear", ["pq", four, "z"], ["y"]),
+    ]  # fmt: skip
+    used = {n: v for n, v in weights.items() if n in ("w", "z", *scales)}
+    model = model_of(nodes, used, {"x": [None, 3, 5, 5]}, 4)
+    x = np.random.default_rng(2).standard_normal((2, 3, 5, 5)).astype(np.float32)
+    check(model, {"x": x}, {"w"} | trained, train_scales="all")
+
+
 def test_scales_and_codebooks_are_trained_when_asked() -> None:
     rng = np.random.default_rng(3)
     linear = encode.linear(rng.integers(-4, 4, (6, 5)), rng.random(5, np.float32) + 0.1, 3, axis=1)

@@ -61,7 +61,7 @@ WRITTEN = ("model.onnx", "report.json", "report.html")
     type=click.Choice(["none", "weights", "all"]),
     metavar="WHICH",
     section="Search",
-    help="Of the quantizers: none, weights (default) or all.",
+    help="Of the quantizers: none, weights or all (default).",
 )
 @option(
     "--rounding",

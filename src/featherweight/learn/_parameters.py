@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -196,9 +197,37 @@ def _scales(encoded: list[Trained], nodes: set[ir.Node], wanted: Callable[[str |
                     yield Trained(part.name or "", latent, (part,), Scale(share, kind))
                 else:
                     yield Trained(part.name or "", latent, (part,), Plain(None, kind) if kind in NARROW else None)
+    held = _held(nodes)
     for node in nodes:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.inputs) > 1:
             scale = node.inputs[1]
-            if scale is not None and stored_tensor(scale) is not None and wanted(scale.name):
+            if scale is not None and scale not in held and stored_tensor(scale) is not None and wanted(scale.name):
                 latent, kind = _master(scale)
                 yield Trained(scale.name or "", latent, (scale,), Scale(1.0 / math.sqrt(127), kind))
+
+
+def _held(nodes: set[ir.Node]) -> set[ir.Value]:
+    """Scales of activations that stay, as they are stored apart but must be equal: of a quantizer and its dequantizer,
+    and on both sides of an operator that hands codes on as they are (a kernel for codes asks for it).
+    """
+    found: set[ir.Value] = set()
+    for node in nodes:
+        if node.op_type == "QuantizeLinear":
+            before = [node]
+            behind = [n for n, _ in node.outputs[0].uses() if n.op_type == "DequantizeLinear"]
+        elif node.op_type == "DequantizeLinear":
+            continue
+        else:
+            makers = [v.producer() for v in node.inputs if v is not None]
+            before = [m for m in makers if m is not None and m.op_type == "DequantizeLinear"]
+            behind = [n for v in node.outputs for n, i in v.uses() if n.op_type == "QuantizeLinear" and i == 0]
+        for one, other in itertools.product(before, behind):
+            a, b = one.inputs[1], other.inputs[1]
+            if a is not None and b is not None and a is not b and _equal(a, b):
+                found |= {a, b}
+    return found
+
+
+def _equal(a: ir.Value, b: ir.Value) -> bool:
+    stored = stored_tensor(a), stored_tensor(b)
+    return all(x is not None for x in stored) and np.array_equal(*(x.numpy() for x in stored if x is not None))

@@ -38,7 +38,7 @@ class Asked:
     end to end.
     `rate`: highest learning rate, relative to the size of each weight; None: by how damaged the student is.
     `temperature` None: `TEMPERATURE`, with labels 1. `features`: weight of inner tensors in the loss;
-    `train_scales`: whether the scales and codebooks of weights are trained too, or `all` scales, or `none`;
+    `train_scales`: which scales are trained too: of `weights`, with their codebooks, of activations too, or `none`;
     `rounding`: how blocks learn weights on grids: `straight` through the rounding, or `learned` moves of codes;
     `ema`: decay of the averaged weights that are checked and kept, 0 for the weights as they are;
     `freeze`: patterns of names, separated by commas, of weights that stay as they are, e.g. "*embeddings*";
@@ -56,7 +56,7 @@ class Asked:
     features: float | None = None
     rate: float | None = None
     ema: float = EMA
-    train_scales: Scales = "weights"
+    train_scales: Scales = "all"
     rounding: str = ROUNDINGS[0]
     freeze: str = ""
     batch_size: int = 16
@@ -76,9 +76,7 @@ class Asked:
         if self.rounding not in ROUNDINGS:
             raise DataError(f"rounding must be one of {', '.join(ROUNDINGS)}, but got {self.rounding!r}")
         if self.train_scales not in get_args(Scales):
-            raise DataError(
-                f"train_scales must be one of {', '.join(get_args(Scales))}, but got {self.train_scales!r}"
-            )
+            raise DataError(f"train_scales must be one of {', '.join(get_args(Scales))}, but got {self.train_scales!r}")
         for name in ("batch_size", "max_steps", "temperature", "rate"):
             value = getattr(self, name)
             if value is not None and not value > 0:
