@@ -216,7 +216,8 @@ def table(found: dict[str, Any]) -> str:
             lines.append(f"| {key} | {r['error'].splitlines()[-1][:80]} |")
             continue
         top = [cell(r.get(k), "{:.3f}".format) for k in ("teacher", "plain", "before", "layers", "after")]
-        whole = None if r.get("plain") is None else (r["after"] - r["plain"]) / (r["teacher"] - r["plain"])
+        lost = None if r.get("plain") is None else r["teacher"] - r["plain"]
+        whole = (r["after"] - r["plain"]) / lost if lost else None
         back = " | ".join(cell(share, "{:.0%}".format) for share in (r["recovered"], whole))
         cost = f"{r['wall_s'] / 60:.1f} min | {r['peak_bytes'] / 1e9:.2f} GB"
         lines.append(f"| {key} | {r['size_bytes'] / 1e6:.2f} | {' | '.join(top)} | {back} | {r['rate']:.2g} | {cost} |")

@@ -20,6 +20,7 @@ from featherweight.learn._trained import Holder, Store, Trained, stored_tensor
 
 #: Inputs of the operators that have a bias: data, weight, bias.
 _PLACES = {"Conv": (0, 1, 2), "ConvTranspose": (0, 1, 2), "Gemm": (0, 1, 2)}
+_MOVING = frozenset({"Flatten", "Identity", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 #: A scale is the product of two others if it is so near to it.
 _NEAR = 1e-4
 
@@ -57,18 +58,27 @@ def _scales_beside(t: Trained) -> list[ir.Value]:
     for value in t.values:
         for node, _ in value.uses():
             for place in _PLACES.get(node.op_type, ())[:2]:
-                given = node.inputs[place]
-                maker = None if given is None else given.producer()
+                maker = _maker(node.inputs[place])
                 if maker is not None and maker.op_type == "DequantizeLinear" and maker.inputs[1] is not None:
                     found.append(maker.inputs[1])
     return found
+
+
+def _maker(value: ir.Value | None) -> ir.Node | None:
+    """What makes a value, seen through operators that only move numbers."""
+    maker = None if value is None else value.producer()
+    while maker is not None and maker.op_type in _MOVING:
+        value = maker.inputs[0]
+        maker = None if value is None else value.producer()
+    return maker
 
 
 def _others(t: Trained, scale: ir.Value) -> tuple[ir.Value, ir.Value] | None:
     """Scales of the input and the weight of the one operator that reads the bias, if their product is its scale."""
     beside = _scales_beside(t)
     tensors = [stored_tensor(v) for v in (scale, *beside)]
-    if len(t.values) != 1 or len(list(t.values[0].uses())) != 1 or len(beside) != 2 or any(x is None for x in tensors):
+    alone = len(t.values) == 1 and len(list(t.values[0].uses())) == 1 and len(list(scale.uses())) == 1
+    if not alone or scale in beside or len(beside) != 2 or any(x is None for x in tensors):
         return None
     own, x, w = (_tensors.from_ir(tensor).float() for tensor in tensors if tensor is not None)
     if x.numel() != 1 and w.numel() != 1 and x.numel() != w.numel():

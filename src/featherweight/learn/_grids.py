@@ -95,7 +95,7 @@ class Bias(nn.Module):
 
 def product(x: Tensor, w: Tensor) -> Tensor:
     """The scale of a bias: flat, or one number."""
-    made = x.reshape(-1) * w.reshape(-1)
+    made = x.reshape(-1).float() * w.reshape(-1).float()
     return made.reshape(()) if made.numel() == 1 else made
 
 

@@ -127,9 +127,10 @@ def choose(
         if _is_weight(value, nodes) and wanted(value.name):
             chosen.trained.append(_plain(value, keep_zeros))
     if train_scales != "none":
+        in_order = [n for graph in model.graphs() for n in graph if n in nodes]  # a set's order is not the same twice
         chosen.trained, follow = biases.linked(chosen.trained)
         taken |= follow
-        chosen.trained.extend(_scales(chosen.trained, nodes if train_scales == "all" else set(), wanted))
+        chosen.trained.extend(_scales(chosen.trained, in_order if train_scales == "all" else [], wanted))
     return chosen
 
 
@@ -184,7 +185,7 @@ def _master(value: ir.Value) -> tuple[Tensor, torch.dtype]:
     return (stored.float() if stored.dtype in NARROW else stored), stored.dtype
 
 
-def _scales(encoded: list[Trained], nodes: set[ir.Node], wanted: Callable[[str | None], bool]) -> Iterator[Trained]:
+def _scales(encoded: list[Trained], nodes: list[ir.Node], wanted: Callable[[str | None], bool]) -> Iterator[Trained]:
     """Scales and codebooks of encoded weights, then scales of activations; each once."""
     for t in encoded:
         for part in () if isinstance(t.shaper, Bias) else t.parts:
@@ -206,7 +207,7 @@ def _scales(encoded: list[Trained], nodes: set[ir.Node], wanted: Callable[[str |
                 yield Trained(scale.name or "", latent, (scale,), Scale(1.0 / math.sqrt(127), kind))
 
 
-def _held(nodes: set[ir.Node]) -> set[ir.Value]:
+def _held(nodes: list[ir.Node]) -> set[ir.Value]:
     """Scales of activations that stay, as they are stored apart but must be equal: of a quantizer and its dequantizer,
     and on both sides of an operator that hands codes on as they are (a kernel for codes asks for it).
     """
@@ -229,5 +230,5 @@ def _held(nodes: set[ir.Node]) -> set[ir.Value]:
 
 
 def _equal(a: ir.Value, b: ir.Value) -> bool:
-    stored = stored_tensor(a), stored_tensor(b)
-    return all(x is not None for x in stored) and np.array_equal(*(x.numpy() for x in stored if x is not None))
+    x, y = stored_tensor(a), stored_tensor(b)
+    return x is not None and y is not None and np.array_equal(x.numpy(), y.numpy())

@@ -39,7 +39,8 @@ class Asked:
     `rate`: highest learning rate, relative to the size of each weight; None: by how damaged the student is.
     `temperature` None: `TEMPERATURE`, with labels 1. `features`: weight of inner tensors in the loss;
     `train_scales`: which scales are trained too: of `weights`, with their codebooks, of activations too, or `none`;
-    `rounding`: how blocks learn weights on grids: `straight` through the rounding, or `learned` moves of codes;
+    `rounding`: how blocks learn weights on grids: `straight` through the rounding, or by `learned` moves of codes, with
+    scales as they are;
     `ema`: decay of the averaged weights that are checked and kept, 0 for the weights as they are;
     `freeze`: patterns of names, separated by commas, of weights that stay as they are, e.g. "*embeddings*";
     `max_steps`: fixes the number of steps of each stage, so that a run does not depend on the clock.

@@ -9,7 +9,7 @@ stop the gradient; `fenced` lists them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import onnx_ir as ir
 import torch
@@ -49,6 +49,8 @@ class Executor(nn.Module):
         keep_zeros: bool = True,
     ) -> None:
         super().__init__()
+        if train_scales not in get_args(_parameters.Scales):
+            raise ValueError(f"train_scales must be one of {get_args(_parameters.Scales)}, but got {train_scales!r}")
         copy = surgery.copy_model(model)
         if copy.functions:
             common.InlinePass()(copy)
@@ -119,6 +121,14 @@ class Executor(nn.Module):
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
         """What is trained, by the name it has in the graph; a tied weight appears once."""
         return {t.name: p for t, p in zip(self._trained, self._tensors, strict=True)}
+
+    def scales(self) -> frozenset[str]:
+        """Names of the parameters that are scales of quantizers."""
+        return frozenset(t.name for t in self._trained if isinstance(t.shaper, _parameters.Scale))
+
+    def parts_of(self, name: str) -> tuple[str, ...]:
+        """Names of the scales and codebooks that a parameter's codes stand on."""
+        return tuple(p.name or "" for t in self._trained if t.name == name for p in t.parts)
 
     def grids(self) -> dict[str, Grid]:
         """For each parameter that is rounded on use: the step of its grid, and the name of the rounded value."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -33,8 +34,10 @@ FILES_BYTES, FREE_SHARE = 4 << 30, 0.25
 CHECK_SHARE = 0.125
 #: Data that come back changed are drawn once for so many seconds of the stage, at most so often.
 VIEW_S, MOST_VIEWS = 60.0, 8
-#: Values up to here are kept as halves.
-MOST_HALF = 6e4
+#: Values up to here are kept as halves, where those are off by no more of their power.
+MOST_HALF, HALF_ERROR = 6e4, 1e-6
+#: Of the stage's time, for drawing.
+DRAW_SHARE = 0.15
 #: Learning rate over the relative error of a block, and its limits: few codes need to move where little is wrong.
 RATE, LEAST_RATE, MOST_RATE = 0.03, 5e-3, 2e-2
 #: Highest rate, and weight of the penalty on moves that are not whole relative to the error, of learned rounding.
@@ -68,35 +71,41 @@ class Blockwise:
 class Files:
     """Micro-batches of tensors as .npy files: feeds, the teacher's answers at each place, the student's starts.
 
-    `n` of them; those from `checked` on are of validation data. Floats are kept as halves, which are nearer to them
-    than the student is.
+    `n` of them; those from `checked` on are of validation data. Inner floats are kept as halves where those are nearer
+    to them than any student is; what goes in, and the outputs `whole`, as they are: they may be numbers of things.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, whole: Sequence[str] = ()) -> None:
+        self.folder, self._whole = folder, frozenset(whole)
         self.n = self.checked = 0
         self._names: dict[str, dict[str, int]] = {}
         self._wide: dict[tuple[str, str], np.dtype[Any]] = {}
 
-    def fill(self, lessons: Lessons, checks: Lessons, places: Sequence[str], views: int, progress: Progress) -> None:
-        """Draw the data `views` times and the validation data once, and ask the teacher."""
+    def fill(
+        self, lessons: Lessons, checks: Lessons, places: Sequence[str], views: int, progress: Progress,
+        enough: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
+        """Draw the data `views` times, or until there is `enough`, and the validation data once; ask the teacher."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         most = min(FILES_BYTES, FREE_SHARE * shutil.disk_usage(self.folder).free)
         steps = lessons.steps_an_epoch * (views if lessons.augmented else 1)
         progress.start("asking the teacher for its inner answers", steps + checks.steps_an_epoch)
-        self._draw(lessons, steps, places, most * (1 - CHECK_SHARE), progress)
+        self._draw(lessons, steps, places, most * (1 - CHECK_SHARE), progress, enough)
         self.checked = self.n
-        self._draw(checks, checks.steps_an_epoch, places, most * CHECK_SHARE, progress)
+        self._draw(checks, checks.steps_an_epoch, places, most * CHECK_SHARE, progress, enough)
 
-    def _draw(self, lessons: Lessons, steps: int, places: Sequence[str], most: float, progress: Progress) -> None:
+    def _draw(
+        self, lessons: Lessons, steps: int, places: Sequence[str], most: float, progress: Progress,
+        enough: Callable[[], bool],
+    ) -> None:  # fmt: skip
         """Micro-batches of some steps, at least one, as long as they fit into `most` bytes."""
         used, first = 0, self.n
         for step in range(steps):
             for lesson in lessons.step(step):
                 kept = (lesson.feeds, {p: lesson.answers[p] for p in places})
                 used += sum(x.nbytes // (2 if x.dtype == torch.float32 else 1) for some in kept for x in some.values())
-                if self.n > first and used > most:
+                if self.n > first and (used > most or enough()):
                     return
                 for kind, tensors in zip(("feeds", "theirs"), kept, strict=True):
                     self.put(kind, self.n, tensors)
@@ -108,8 +117,10 @@ class Files:
         for k, (name, x) in enumerate(tensors.items()):
             self._names.setdefault(kind, {})[name] = k
             array = x.detach().contiguous().numpy()
-            narrow = array.dtype == np.float32 and float(np.abs(array).max(initial=0.0)) <= MOST_HALF
-            np.save(self.folder / f"{kind}-{k}-{i}.npy", array.astype(np.float16) if narrow else array)
+            kept = array
+            if array.dtype == np.float32 and kind != "feeds" and name not in self._whole:
+                kept = _narrowed(array)
+            np.save(self.folder / f"{kind}-{k}-{i}.npy", kept)
             self._wide[kind, name] = array.dtype
 
     def get(self, kind: str, i: int, names: Sequence[str]) -> dict[str, Tensor]:
@@ -143,6 +154,7 @@ def train_blocks(
     folder: Path,
     *,
     views: int,
+    by_time: bool,
     seconds: float,
     keeper: Callable[[int], Keeper] | None,
     start: tuple[int, Mapping[str, Any], Mapping[str, Tensor]] | None,
@@ -152,13 +164,15 @@ def train_blocks(
 ) -> tuple[list[BlockDone], list[Outcome]]:
     """Train each block in order; `seconds` are shared by what blocks cost.
 
-    `checks`: validation data, unchanged; `views`: how often the data are drawn (see `views_for`).
+    `checks`: validation data, unchanged; `views`: how often the data are drawn at most (see `views_for`); `by_time`:
+    fewer where that takes long.
     `start`: block, trainer's state and tensors of a checkpoint; blocks before it are done. `clock`: seconds used by the
     stage so far.
     """
-    files = Files(folder)
+    files = Files(folder, job.outputs)
     places = list(dict.fromkeys(n for b in job.blocks for n in job.ends(b)[0]))
-    files.fill(lessons, checks, places, views, progress)
+    drawn_until = DRAW_SHARE * seconds if by_time else math.inf
+    files.fill(lessons, checks, places, views, progress, lambda: stop() or clock() > drawn_until)
     first = 0 if start is None else start[0]
     results, outcomes = [], []
     for k, block in enumerate(job.blocks):
@@ -166,9 +180,12 @@ def train_blocks(
             share = job.costs[k] / max(math.fsum(job.costs[k:]), 1e-12)
             taught = _Taught(job, block, files, k)
             if taught.parameters:
-                error = taught.error() if start is None or k != first else first_check(start[1])
+                here = start[1] if start is not None and k == first else None
+                error = taught.error() if here is None else first_check(here)
+                spent = 0.0 if here is None else float(here["seconds"])
+                left = max((seconds - clock()) * share, 0.0) + spent
                 trainer = Trainer(
-                    taught.work(), job.recipe(taught.rate(error)), seconds=max((seconds - clock()) * share, 0.0),
+                    taught.work(), job.recipe(taught.rate(error)), seconds=left,
                     keeper=keeper(k) if keeper else None, progress=progress,
                     name=f"block {k + 1} of {len(job.blocks)}", stop=stop,
                 )  # fmt: skip
@@ -187,6 +204,15 @@ def train_blocks(
         _advance(files, block, segment, job.blocks[k + 1].starts if k + 1 < len(job.blocks) else ())
     shutil.rmtree(folder, ignore_errors=True)
     return results, outcomes
+
+
+def _narrowed(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """As halves, where they are near."""
+    if float(np.abs(array).max(initial=0.0)) > MOST_HALF:
+        return array
+    half = array.astype(np.float16)
+    off = np.square(half - array, dtype=np.float64).sum()
+    return half if off <= HALF_ERROR * np.square(array, dtype=np.float64).sum() else array
 
 
 def views_for(seconds: float, steps: int | None, lessons: Lessons) -> int:
@@ -282,7 +308,9 @@ class _Taught:
             return self._job.rate
         if self.rounding:
             return RATE_MOVES
-        return LEAST_RATE if self._block.end is None else min(max(RATE * error, LEAST_RATE), MOST_RATE)
+        if self._block.end is None or not math.isfinite(error):
+            return LEAST_RATE
+        return min(max(RATE * error, LEAST_RATE), MOST_RATE)
 
 
 __all__ = ["Blockwise", "train_blocks", "views_for"]

@@ -2,7 +2,7 @@
 
 A network whose normalisations are folded has channels that differ in size by orders of magnitude; an equal step for all
 would throw small ones about and leave large ones in place. So the step of each output channel is relative to its size
-(as in Adafactor, Shazeer 2018, arXiv:1804.04235), and that of weights kept as codes to the step of their grid: what
+(as in Adafactor, Shazeer 2018, arXiv:1804.04235), and that of each scale of a quantizer to itself. Of codes what
 counts there is how soon a code changes. (Adam: Kingma 2015, arXiv:1412.6980; decay: Loshchilov 2019, arXiv:1711.05101.)
 """
 

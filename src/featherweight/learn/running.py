@@ -136,7 +136,8 @@ class Run:
         asked = self.asked
         torch.manual_seed(asked.seed)
         frozen = [pattern.strip() for pattern in asked.freeze.split(",") if pattern.strip()]
-        self.student = Student(self.student_model, train_scales=asked.train_scales, freeze=frozen)
+        scales = "none" if asked.rounding == "learned" else asked.train_scales  # moves are on the grid as it is
+        self.student = Student(self.student_model, train_scales=scales, freeze=frozen)
         if not self.student.parameters():
             raise ModelError(f"{self.student_path} has no weight that can be trained; give another student")
         self.notes += self.student.executor.fenced
@@ -299,6 +300,7 @@ class Run:
         )  # fmt: skip
         made, outcomes = layerwise.train_blocks(
             job, lessons, checks, self.work / "blocks", views=layerwise.views_for(until - began, each, lessons),
+            by_time=each is None,
             seconds=until - began,
             keeper=lambda k: self._keeper("layers", k, done), start=start, progress=self.progress,
             stop=lambda: self._stopped, clock=lambda: self.elapsed() - began,

@@ -87,7 +87,9 @@ class Student:
             if not fits:
                 raise ModelError(f"no weight to freeze is named {pattern!r}; weights are {_some(known)}")
             for name in fits:
-                known[name].requires_grad_(False)
+                for part in (name, *self.executor.parts_of(name)):
+                    if part in known:
+                        known[part].requires_grad_(False)
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """All that is trained, by name."""
@@ -95,7 +97,8 @@ class Student:
 
     def units(self) -> dict[str, Tensor]:
         """What a learning rate of 1 moves each weight by."""
-        return {n: unit_of(p) for n, p in self.parameters().items()}
+        scales = self.executor.scales()
+        return {n: p.detach().abs() if n in scales else unit_of(p) for n, p in self.parameters().items()}
 
     def forward(self, feeds: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
         """Outputs and inner tensors by name."""
