@@ -219,6 +219,29 @@ def test_steps_of_an_integer_bias_follow_the_scales_beside_it(kind: Any, names: 
     np.testing.assert_allclose(new["bs"], new["xs"] * new["ws"], rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["none", "weights", "all"])
+@pytest.mark.parametrize("late", [False, True])
+def test_scales_may_stand_in_constant_nodes(kind: Any, late: bool) -> None:
+    """As exporters of quantized networks write them: anywhere before the first reader."""
+    proto = ir.to_proto(qdq_conv(product=True))
+    names = ("xs", "xz", "ys", "yz", "ws", "wz", "bs")
+    held = {t.name: t for t in proto.graph.initializer if t.name in names}
+    body, kept = list(proto.graph.node), [t for t in proto.graph.initializer if t.name not in names]
+    body.sort(key=lambda n: "b" not in n.output)  # the bias first: the scales beside it come after
+    nodes, made = [], set()
+    for node in body:
+        wanted = [n for n in node.input if n in held and n not in made] if late else sorted(held.keys() - made)
+        nodes += [helper.make_node("Constant", [], [n], f"{n}.constant", value=held[n]) for n in wanted]
+        nodes.append(node)
+        made |= set(wanted)
+    del proto.graph.node[:], proto.graph.initializer[:]
+    proto.graph.node.extend(nodes)
+    proto.graph.initializer.extend(kept)
+    x = np.random.default_rng(2).standard_normal((2, 3, 5, 5)).astype(np.float32)
+    trained = {"none": set(), "weights": {"ws"}, "all": {"xs", "ys", "ws"}}[kind]
+    check(ir.from_proto(proto), {"x": x}, {"w", "b"} | trained, train_scales=kind)
+
+
 @pytest.mark.parametrize(
     ("scales", "trained"),
     [

@@ -54,6 +54,8 @@ class Executor(nn.Module):
         copy = surgery.copy_model(model)
         if copy.functions:
             common.InlinePass()(copy)
+        # Scales may stand in Constant nodes, behind what they are parts of; initializers are there from the start.
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(copy)
         surgery.sort(copy)
         self._program = Program(copy)
         chosen = _parameters.choose(copy, trainable, train_scales=train_scales, keep_zeros=keep_zeros)
