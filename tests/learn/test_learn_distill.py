@@ -21,6 +21,7 @@ torch = pytest.importorskip("torch")
 import featherweight as fw  # noqa: E402
 from featherweight.errors import BudgetError, DataError, ModelError, OutputError  # noqa: E402
 from featherweight.graph import io  # noqa: E402
+from featherweight.learn.execute import Executor  # noqa: E402
 
 SIDE, CLASSES = 12, 5
 
@@ -516,11 +517,22 @@ def test_blocks_are_checked_on_validation_data_alone(folder: Path, tmp_path: Pat
     files.fill(training, checks, ["rs"], 3, Silent())
     assert (files.checked, files.n) == (60, 64)
     with np.load(folder / "data.npz") as held:
-        rows = {x.astype(np.float16).tobytes() for x in held["x"][100:120]}
-    seen = [x.astype(np.float16).tobytes() for i in range(60, 64) for x in files.get("feeds", i, ["x"])["x"].numpy()]
+        rows = {x.tobytes() for x in held["x"][100:120]}
+    seen = [x.tobytes() for i in range(60, 64) for x in files.get("feeds", i, ["x"])["x"].contiguous().numpy()]
     assert set(seen) == rows
     assert len(seen) == 20
-    trained = {x.astype(np.float16).tobytes() for x in files.get("feeds", 0, ["x"])["x"].numpy()}
+    trained = {x.tobytes() for i in range(60) for x in files.get("feeds", i, ["x"])["x"].contiguous().numpy()}
     assert not trained & rows
     assert [views_for(s, None, training) for s in (1, 100, 200, 1e6)] == [1, 1, 3, 8]
-    assert [views_for(float("inf"), n, training) for n in (1, 25, 1000)] == [1, 2, 8]
+    assert [views_for(float("inf"), n, training) for n in (1, 39, 40, 1000)] == [1, 1, 2, 8]
+    files.fill(training, checks, ["rs"], 3, Silent(), enough=lambda: True)
+    assert (files.checked, files.n) == (1, 5)  # validation data are drawn whole whatever the clock says
+
+
+@pytest.mark.parametrize("asked", [{"rounding": "up"}, {"train_scales": "some"}])
+def test_an_unknown_choice_is_refused(folder: Path, tmp_path: Path, asked: dict[str, Any]) -> None:
+    (name,) = asked
+    with pytest.raises(DataError, match=f"{name} must be one of .*, but got '{asked[name]}'"):
+        teach(folder, "noisy.onnx", out=tmp_path / "run", **asked)
+    with pytest.raises(ValueError, match="train_scales must be one of none, weights, all, but got True"):
+        Executor(io.load(folder / "teacher.onnx"), train_scales=True)

@@ -10,6 +10,7 @@ import click
 from featherweight.cli import _options as options
 from featherweight.cli._run import Output, common, progress, written_parts
 from featherweight.cli._sections import Command, option
+from featherweight.learn._choices import ROUNDINGS, SCALES
 
 WRITTEN = ("model.onnx", "report.json", "report.html")
 
@@ -58,14 +59,14 @@ WRITTEN = ("model.onnx", "report.json", "report.html")
 @option("--freeze", metavar="NAMES", section="Search", help="Weights that stay, e.g. '*embeddings*'; commas between.")
 @option(
     "--train-scales",
-    type=click.Choice(["none", "weights", "all"]),
+    type=click.Choice(SCALES),
     metavar="WHICH",
     section="Search",
     help="Of the quantizers: none, weights or all (default).",
 )
 @option(
     "--rounding",
-    type=click.Choice(["straight", "learned"]),
+    type=click.Choice(ROUNDINGS),
     metavar="HOW",
     section="Search",
     help="Of codes in blocks: straight (default) or learned.",

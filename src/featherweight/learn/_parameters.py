@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +15,8 @@ from torch import Tensor, nn
 
 from featherweight.core import Note
 from featherweight.errors import ModelError
-from featherweight.learn import _biases as biases
-from featherweight.learn import _encodings, _tensors
+from featherweight.learn import _biases, _encodings, _tensors
+from featherweight.learn._choices import Scales
 from featherweight.learn._grids import Affine, Bias, Masked, Rows
 from featherweight.learn._program import Program, Source, needed
 from featherweight.learn._trained import Trained, stored_tensor
@@ -32,8 +31,6 @@ _SETTINGS: dict[str, tuple[int, ...]] = {
 """Inputs that set how an operator works, or are statistics: stored floats, but no weights."""
 _WEIGHING = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN", "BatchNormalization",
                        "LayerNormalization", "InstanceNormalization", "GroupNormalization", "Gather"})  # fmt: skip
-Scales = Literal["none", "weights", "all"]
-"""Which scales are trained: of weights, with their codebooks, or of activations too."""
 NARROW = (torch.float16, torch.bfloat16)
 MASK_FROM = 1e9
 """No weight is as large; what attention masks add is."""
@@ -128,7 +125,7 @@ def choose(
             chosen.trained.append(_plain(value, keep_zeros))
     if train_scales != "none":
         in_order = [n for graph in model.graphs() for n in graph if n in nodes]  # a set's order is not the same twice
-        chosen.trained, follow = biases.linked(chosen.trained)
+        chosen.trained, follow = _biases.linked(chosen.trained)
         taken |= follow
         chosen.trained.extend(_scales(chosen.trained, in_order if train_scales == "all" else [], wanted))
     return chosen

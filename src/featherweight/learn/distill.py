@@ -13,17 +13,16 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from featherweight.core import Note, Progress, Silent
 from featherweight.errors import BudgetError, DataError, OutputError
+from featherweight.learn._choices import ROUNDINGS, SCALES, Rounding, Scales
 from featherweight.learn.checkpoints import need_torch
 from featherweight.learn.result import Distilled
 from featherweight.quantities import parse_duration, parse_size
 
 STAGES = ("layers", "end")
-ROUNDINGS = ("straight", "learned")
-Scales = Literal["none", "weights", "all"]
 DEFAULT_TIME = "20m"
 #: Temperature where labels do not teach: classes that the data do not show are taught by their small scores.
 TEMPERATURE = 4.0
@@ -58,7 +57,7 @@ class Asked:
     rate: float | None = None
     ema: float = EMA
     train_scales: Scales = "all"
-    rounding: str = ROUNDINGS[0]
+    rounding: Rounding = "straight"
     freeze: str = ""
     batch_size: int = 16
     max_steps: int | None = None
@@ -74,10 +73,9 @@ class Asked:
     def __post_init__(self) -> None:
         if self.stages is not None and (not self.stages or set(self.stages) - set(STAGES)):
             raise DataError(f"stages must be some of {', '.join(STAGES)}, but got {', '.join(self.stages) or 'none'}")
-        if self.rounding not in ROUNDINGS:
-            raise DataError(f"rounding must be one of {', '.join(ROUNDINGS)}, but got {self.rounding!r}")
-        if self.train_scales not in get_args(Scales):
-            raise DataError(f"train_scales must be one of {', '.join(get_args(Scales))}, but got {self.train_scales!r}")
+        for name, known in (("rounding", ROUNDINGS), ("train_scales", SCALES)):
+            if getattr(self, name) not in known:
+                raise DataError(f"{name} must be one of {', '.join(known)}, but got {getattr(self, name)!r}")
         for name in ("batch_size", "max_steps", "temperature", "rate"):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -9,7 +9,7 @@ stop the gradient; `fenced` lists them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -20,6 +20,7 @@ from featherweight.core import Note
 from featherweight.errors import DataError, ModelError
 from featherweight.graph import surgery
 from featherweight.learn import _parameters, _tensors
+from featherweight.learn._choices import SCALES, Scales
 from featherweight.learn._grids import Grid
 from featherweight.learn._program import Plan, Program
 
@@ -45,12 +46,12 @@ class Executor(nn.Module):
         model: ir.Model,
         *,
         trainable: Callable[[str], bool] | None = None,
-        train_scales: _parameters.Scales = "none",
+        train_scales: Scales = "none",
         keep_zeros: bool = True,
     ) -> None:
         super().__init__()
-        if train_scales not in get_args(_parameters.Scales):
-            raise ValueError(f"train_scales must be one of {get_args(_parameters.Scales)}, but got {train_scales!r}")
+        if train_scales not in SCALES:
+            raise ValueError(f"train_scales must be one of {', '.join(SCALES)}, but got {train_scales!r}")
         copy = surgery.copy_model(model)
         if copy.functions:
             common.InlinePass()(copy)

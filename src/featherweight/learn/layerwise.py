@@ -88,12 +88,13 @@ class Files:
         """Draw the data `views` times, or until there is `enough`, and the validation data once; ask the teacher."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
+        self.n = 0
         most = min(FILES_BYTES, FREE_SHARE * shutil.disk_usage(self.folder).free)
         steps = lessons.steps_an_epoch * (views if lessons.augmented else 1)
         progress.start("asking the teacher for its inner answers", steps + checks.steps_an_epoch)
         self._draw(lessons, steps, places, most * (1 - CHECK_SHARE), progress, enough)
         self.checked = self.n
-        self._draw(checks, checks.steps_an_epoch, places, most * CHECK_SHARE, progress, enough)
+        self._draw(checks, checks.steps_an_epoch, places, most * CHECK_SHARE, progress, lambda: False)
 
     def _draw(
         self, lessons: Lessons, steps: int, places: Sequence[str], most: float, progress: Progress,
@@ -103,17 +104,16 @@ class Files:
         used, first = 0, self.n
         for step in range(steps):
             for lesson in lessons.step(step):
-                kept = (lesson.feeds, {p: lesson.answers[p] for p in places})
-                used += sum(x.nbytes // (2 if x.dtype == torch.float32 else 1) for some in kept for x in some.values())
-                if self.n > first and (used > most or enough()):
+                if self.n > first and (used >= most or enough()):
                     return
-                for kind, tensors in zip(("feeds", "theirs"), kept, strict=True):
-                    self.put(kind, self.n, tensors)
+                used += self.put("feeds", self.n, lesson.feeds)
+                used += self.put("theirs", self.n, {p: lesson.answers[p] for p in places})
                 self.n += 1
             progress.advance()
 
-    def put(self, kind: str, i: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keep some tensors of micro-batch `i`."""
+    def put(self, kind: str, i: int, tensors: Mapping[str, Tensor]) -> int:
+        """Keep some tensors of micro-batch `i`; the bytes they take."""
+        used = 0
         for k, (name, x) in enumerate(tensors.items()):
             self._names.setdefault(kind, {})[name] = k
             array = x.detach().contiguous().numpy()
@@ -122,6 +122,8 @@ class Files:
                 kept = _narrowed(array)
             np.save(self.folder / f"{kind}-{k}-{i}.npy", kept)
             self._wide[kind, name] = array.dtype
+            used += kept.nbytes
+        return used
 
     def get(self, kind: str, i: int, names: Sequence[str]) -> dict[str, Tensor]:
         """Some tensors of micro-batch `i`, in the type they came in."""
@@ -171,7 +173,7 @@ def train_blocks(
     """
     files = Files(folder, job.outputs)
     places = list(dict.fromkeys(n for b in job.blocks for n in job.ends(b)[0]))
-    drawn_until = DRAW_SHARE * seconds if by_time else math.inf
+    drawn_until = clock() + DRAW_SHARE * seconds if by_time else math.inf
     files.fill(lessons, checks, places, views, progress, lambda: stop() or clock() > drawn_until)
     first = 0 if start is None else start[0]
     results, outcomes = [], []
@@ -192,8 +194,7 @@ def train_blocks(
                 if start is not None and k == first:
                     trainer.resume(start[1], start[2])
                 outcome = trainer.run()
-                if taught.rounding:
-                    taught.rounding.settle()
+                taught.rounding.settle()
                 best = min(p.check for p in outcome.curve)
                 name = "outputs" if block.end is None else block.end.student
                 results.append(BlockDone(name, outcome.curve[0].check, best, outcome.steps))
@@ -217,7 +218,9 @@ def _narrowed(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 def views_for(seconds: float, steps: int | None, lessons: Lessons) -> int:
     """How often data that come back changed are drawn for a stage of so many seconds, or `steps` a block."""
-    wanted = seconds / VIEW_S if steps is None else steps / lessons.steps_an_epoch
+    # A step of a block is a micro-batch.
+    one = lessons.steps_an_epoch * max(1, lessons.batch // lessons.micro)
+    wanted = seconds / VIEW_S if steps is None else steps / one
     return int(min(max(wanted, 1), MOST_VIEWS))
 
 

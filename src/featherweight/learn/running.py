@@ -300,8 +300,7 @@ class Run:
         )  # fmt: skip
         made, outcomes = layerwise.train_blocks(
             job, lessons, checks, self.work / "blocks", views=layerwise.views_for(until - began, each, lessons),
-            by_time=each is None,
-            seconds=until - began,
+            by_time=each is None, seconds=until - began,
             keeper=lambda k: self._keeper("layers", k, done), start=start, progress=self.progress,
             stop=lambda: self._stopped, clock=lambda: self.elapsed() - began,
         )  # fmt: skip

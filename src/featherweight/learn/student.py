@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from featherweight.errors import BudgetError, ModelError
-from featherweight.learn._parameters import Scales
+from featherweight.learn._choices import Scales
 from featherweight.learn.execute import Executor
 from featherweight.learn.optimiser import unit_of
 from featherweight.quantities import format_bytes
