@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 RESULT = results.FOLDER / "distill.json"
 PAGE = results.FOLDER / "distill.md"
 STATISTICS_IMAGES = 128
+#: Needs photos for its ranges, and solves for its weights with them at once.
+NO_PLAIN = "static_int8"
 
 
 @dataclass(frozen=True)
@@ -139,9 +141,8 @@ def plain(row: Row, source: Path) -> float:
     task, folder = task_of(row), student(row, source).parent
     tasks.prepare(task, source, quantize.WORK)
     model = normalise(io.load(quantize.original(task)), run=None).model
-    # Ranges of activations come from data; weights alone are rounded without.
-    needed = row.gone or row.technique == "static_int8"
-    ctx = Context(targets.this_machine(), statistics(row, source, model) if needed else None, 0, frozenset())
+    # The photos say which channels go; weights are rounded without them.
+    ctx = Context(targets.this_machine(), statistics(row, source, model) if row.gone else None, 0, frozenset())
     if row.gone:
         made = cut_only(model, Plan.from_json((folder / "plan.json").read_text()).decisions, ctx, all_techniques())
     else:
@@ -245,7 +246,8 @@ def main() -> None:
     for row in rows():
         found = load()
         if args.plain:
-            if row.key in wanted and row.key in found and (args.again or found[row.key].get("plain") is None):
+            known = row.key in found and not found[row.key]["error"] and row.technique != NO_PLAIN
+            if row.key in wanted and known and (args.again or found[row.key].get("plain") is None):
                 print(row.key, flush=True)
                 found[row.key]["plain"] = plain(row, args.data)
                 save(found)
