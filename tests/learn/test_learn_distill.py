@@ -392,7 +392,7 @@ def test_a_weight_of_two_blocks_is_taught_in_the_first() -> None:
             return None
 
     class Filled:
-        n, checked = 8, 7
+        n, checked, stackable = 8, 7, False
 
     blocks = [Block(("x",), Pair("h", "h"), ("tied",)), Block(("h",), None, ("w", "tied"))]
     job = layerwise.Blockwise(Known(), blocks, [1, 1], Recipe, {}, ["y"], lambda *_: torch.zeros(()))

@@ -36,12 +36,17 @@ CHECK_SHARE = 0.125
 VIEW_S, MOST_VIEWS = 60.0, 8
 #: Values up to here are kept as halves, where those are off by no more of their power.
 MOST_HALF, HALF_ERROR = 6e4, 1e-6
+#: Positions of a step: of large maps a few samples say as much as a whole micro-batch, in a fraction of the time.
+POSITIONS = 2048
+#: Relative error up to which a part of a micro-batch counts as answered like the whole.
+PART_ERROR = 1e-3
 #: Of the stage's time, for drawing.
 DRAW_SHARE = 0.15
 #: Learning rate over the relative error of a block, and its limits: few codes need to move where little is wrong.
 RATE, LEAST_RATE, MOST_RATE = 0.03, 5e-3, 2e-2
 #: Highest rate, and weight of the penalty on moves that are not whole relative to the error, of learned rounding.
 RATE_MOVES, PENALTY = 1e-3, 0.1
+WHOLE = slice(None)
 
 
 @dataclass(frozen=True)
@@ -78,8 +83,9 @@ class Files:
     def __init__(self, folder: Path, whole: Sequence[str] = ()) -> None:
         self.folder, self._whole = folder, frozenset(whole)
         self.n = self.checked = 0
+        self.stackable = False
         self._names: dict[str, dict[str, int]] = {}
-        self._wide: dict[tuple[str, str], np.dtype[Any]] = {}
+        self._wide: dict[tuple[str, str], torch.dtype] = {}
 
     def fill(
         self, lessons: Lessons, checks: Lessons, places: Sequence[str], views: int, progress: Progress,
@@ -88,7 +94,7 @@ class Files:
         """Draw the data `views` times, or until there is `enough`, and the validation data once; ask the teacher."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        self.n = 0
+        self.n, self.stackable = 0, lessons.stackable
         most = min(FILES_BYTES, FREE_SHARE * shutil.disk_usage(self.folder).free)
         steps = lessons.steps_an_epoch * (views if lessons.augmented else 1)
         progress.start("asking the teacher for its inner answers", steps + checks.steps_an_epoch)
@@ -116,20 +122,26 @@ class Files:
         used = 0
         for k, (name, x) in enumerate(tensors.items()):
             self._names.setdefault(kind, {})[name] = k
-            array = x.detach().contiguous().numpy()
-            kept = array
-            if array.dtype == np.float32 and kind != "feeds" and name not in self._whole:
-                kept = _narrowed(array)
-            np.save(self.folder / f"{kind}-{k}-{i}.npy", kept)
-            self._wide[kind, name] = array.dtype
+            kept = x.detach().contiguous()
+            if x.dtype == torch.float32 and kind != "feeds" and name not in self._whole:
+                kept = _narrowed(kept)
+            np.save(self.folder / f"{kind}-{k}-{i}.npy", kept.numpy())
+            self._wide[kind, name] = x.dtype
             used += kept.nbytes
         return used
 
-    def get(self, kind: str, i: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """Some tensors of micro-batch `i`, in the type they came in."""
-        at = self._names[kind]
-        arrays = {n: np.load(self.folder / f"{kind}-{at[n]}-{i}.npy") for n in names}
-        return as_tensors({n: x.astype(self._wide[kind, n], copy=False) for n, x in arrays.items()})
+    def get(self, kind: str, i: int, names: Sequence[str], rows: slice = WHOLE) -> dict[str, Tensor]:
+        """Some tensors of micro-batch `i`, or `rows` of it, in the type they came in."""
+        arrays = {n: np.array(self._map(kind, n, i)[rows] if rows != WHOLE else self._map(kind, n, i)) for n in names}
+        return {n: x.to(self._wide[kind, n]) for n, x in as_tensors(arrays).items()}
+
+    def shape(self, kind: str, name: str, i: int) -> tuple[int, ...]:
+        """Of a tensor of micro-batch `i`."""
+        return tuple(self._map(kind, name, i).shape)
+
+    def _map(self, kind: str, name: str, i: int) -> npt.NDArray[Any]:
+        found: npt.NDArray[Any] = np.load(self.folder / f"{kind}-{self._names[kind][name]}-{i}.npy", mmap_mode="r")
+        return found
 
     def names(self, kind: str) -> list[str]:
         """Names of the tensors of a kind."""
@@ -183,7 +195,7 @@ def train_blocks(
             taught = _Taught(job, block, files, k)
             if taught.parameters:
                 here = start[1] if start is not None and k == first else None
-                error = taught.error() if here is None else first_check(here)
+                error = taught.first() if here is None else first_check(here)
                 spent = 0.0 if here is None else float(here["seconds"])
                 left = max((seconds - clock()) * share, 0.0) + spent
                 trainer = Trainer(
@@ -207,13 +219,12 @@ def train_blocks(
     return results, outcomes
 
 
-def _narrowed(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _narrowed(x: Tensor) -> Tensor:
     """As halves, where they are near."""
-    if float(np.abs(array).max(initial=0.0)) > MOST_HALF:
-        return array
-    half = array.astype(np.float16)
-    off = np.square(half - array, dtype=np.float64).sum()
-    return half if off <= HALF_ERROR * np.square(array, dtype=np.float64).sum() else array
+    if x.numel() == 0 or not float(x.abs().max()) <= MOST_HALF:
+        return x
+    half = x.half()
+    return half if float((half.float() - x).square().sum()) <= HALF_ERROR * float(x.square().sum()) else x
 
 
 def views_for(seconds: float, steps: int | None, lessons: Lessons) -> int:
@@ -224,12 +235,15 @@ def views_for(seconds: float, steps: int | None, lessons: Lessons) -> int:
     return int(min(max(wanted, 1), MOST_VIEWS))
 
 
-def _starts(files: Files, names: Sequence[str], i: int) -> dict[str, Tensor]:
-    """What a block reads: inputs of the graph, and the student's tensor from the block before."""
+def _kinds(files: Files, names: Sequence[str]) -> dict[str, list[str]]:
+    """What a block reads, by where it is: inputs of the graph, and the student's tensor from the block before."""
     feeds = [n for n in names if files.has("feeds", n)]
-    inner = [n for n in names if n not in feeds]
-    found = files.get("feeds", i, feeds)
-    return found | (files.get("ours", i, inner) if inner else {})
+    return {"feeds": feeds, "ours": [n for n in names if n not in feeds]}
+
+
+def _starts(files: Files, names: Sequence[str], i: int, rows: slice = WHOLE) -> dict[str, Tensor]:
+    """The tensors that a block reads."""
+    return {n: x for kind, some in _kinds(files, names).items() for n, x in files.get(kind, i, some, rows).items()}
 
 
 @torch.no_grad()
@@ -259,14 +273,17 @@ class _Taught:
         self._segment = self._plain
         if self.rounding:
             self._segment = job.executor.segment([*block.starts, *self.rounding.values], self._ours)
-        self._trained, self._checked = range(files.checked), range(files.checked, files.n)
+        self._checked = range(files.checked, files.n)
+        self._known: float | None = None
         self._projection: Projection | None = None
         if block.end is not None and block.end.axis is not None:
             self._projection = Projection(block.end.axis)
             with torch.no_grad():
-                made = self._plain(_starts(files, block.starts, self._trained[0]))[block.end.student]
-            self._projection.fit(made, files.get("theirs", self._trained[0], self._theirs)[block.end.teacher])
-        self._penalty = 0.0
+                made = self._plain(_starts(files, block.starts, 0))[block.end.student]
+            self._projection.fit(made, files.get("theirs", 0, self._theirs)[block.end.teacher])
+        self._trained = [(i, rows) for i in range(files.checked) for rows in self._parts(i)]
+        if len(self._trained) > files.checked and not self._is_by_rows():
+            self._trained = [(i, WHOLE) for i in range(files.checked)]
 
     def work(self) -> Work:
         """What the trainer needs."""
@@ -276,10 +293,33 @@ class _Taught:
             fixed[self._ours[0]] = self._projection.weight
         return Work(self.parameters, units, self._losses, self._check, fixed)
 
-    def _loss(self, i: int, *, hard: bool) -> Tensor:
-        feeds = _starts(self._files, self._block.starts, i)
+    def _parts(self, i: int) -> list[slice]:
+        """Samples of a micro-batch that make a step: so many that they have enough positions."""
+        files, end = self._files, self._block.end
+        if end is None or not files.stackable:
+            return [WHOLE]
+        shape = files.shape("theirs", end.teacher, i)
+        kinds = _kinds(files, self._block.starts)
+        if {files.shape(k, n, i)[:1] for k, some in kinds.items() for n in some} != {shape[:1]} or len(shape) < 3:
+            return [WHOLE]
+        n, channels = shape[0], shape[1 if len(shape) == 4 else -1]
+        each = math.ceil(n / min(max(math.prod(shape) // (channels * POSITIONS), 1), n))
+        return [slice(at, at + each) for at in range(0, n, each)] if each < n else [WHOLE]
+
+    @torch.no_grad()
+    def _is_by_rows(self) -> bool:
+        """True if the block answers a part of a micro-batch as it answers the whole: a first axis need not be samples,
+        and ranges that are found in a batch are its own.
+        """
+        i, rows = self._trained[0]
+        whole = self._plain(_starts(self._files, self._block.starts, i))[self._ours[0]][rows]
+        part = self._plain(_starts(self._files, self._block.starts, i, rows))[self._ours[0]]
+        return part.shape == whole.shape and float(losses.relative(part, whole)) <= PART_ERROR
+
+    def _loss(self, i: int, rows: slice = WHOLE, *, hard: bool) -> Tensor:
+        feeds = _starts(self._files, self._block.starts, i, rows)
         made = self._segment(feeds | (self.rounding.weights(hard=hard) if self.rounding else {}))
-        wanted = self._files.get("theirs", i, self._theirs)
+        wanted = self._files.get("theirs", i, self._theirs, rows)
         if self._block.end is None:
             given = self._files.get("feeds", i, self._files.names("feeds"))
             return self._job.answer(made, Lesson(given, wanted, None, 0))
@@ -291,17 +331,22 @@ class _Taught:
         order = np.random.default_rng([self._job.seed, 3, self._k, epoch]).permutation(len(self._trained))
 
         def loss() -> Tensor:
-            fit = self._loss(self._trained[order[at]], hard=False)
+            fit = self._loss(*self._trained[order[at]], hard=False)
             return fit + PENALTY * fit.detach() * self.rounding.penalty(done) if self.rounding else fit
 
         yield loss
 
-    @torch.no_grad()
     def _check(self) -> Check:
-        return Check(self.error())
+        known, self._known = self._known, None
+        return Check(self._error() if known is None else known)
+
+    def first(self) -> float:
+        """Loss on validation data before the first step."""
+        self._known = self._error()
+        return self._known
 
     @torch.no_grad()
-    def error(self) -> float:
+    def _error(self) -> float:
         """Loss on validation data, with weights as a file will have them."""
         return math.fsum(float(self._loss(i, hard=True)) for i in self._checked) / len(self._checked)
 

@@ -62,7 +62,8 @@ class Lessons:
     """The training data as micro-batches of a step, drawn by seed and step alone, so that resuming needs no state.
 
     `batch`: samples a step, at least one unit; `micro`: samples at a time. A model that takes a fixed number of rows
-    gets them unit by unit. `names`: tensors the teacher is asked for; None: all it can give.
+    gets them unit by unit. `names`: tensors the teacher is asked for; None: all it can give. `stackable`: any number of
+    samples is a batch.
     """
 
     def __init__(
@@ -75,8 +76,8 @@ class Lessons:
         sizes = dataset.origin.sizes()
         each = max(1, int(sizes[list(self._units[0])].sum()))
         self._per_step = max(1, min(batch // each, len(self._units)))
-        stackable = dataset.origin.stackable and not dataset.fixed
-        self._per_micro = max(1, min(micro // each, self._per_step)) if stackable else 1
+        self.stackable = dataset.origin.stackable and not dataset.fixed
+        self._per_micro = max(1, min(micro // each, self._per_step)) if self.stackable else 1
         self.batch = self._per_step * each
         self.micro = self._per_micro * each
         self._seed = seed

@@ -29,7 +29,8 @@ CHECKS = 24
 CHECKPOINT_S = 60.0
 #: A gradient may be this many times its usual norm before it is scaled down.
 SPIKE = 2.0
-PROBE_STEPS = 2
+#: Steps before a plan by time; the first of them, which asks for memory, says nothing about the pace.
+PROBE_STEPS = 3
 #: What a rate is multiplied by where so many checks in a row say that it does harm (the first steps always do some),
 #: and the share of the schedule in which that is looked for.
 RETREAT, RETREAT_AFTER, RETREAT_UNTIL = 0.3, 3, 0.5
@@ -171,7 +172,7 @@ class Trainer:
         """`name`: of the phase shown; `stop`: asked after each step whether the user wants an end."""
         self._work, self._recipe, self._limit = work, recipe, seconds
         self._keeper, self._progress, self._name, self._stop = keeper, progress, name, stop
-        self._written, self._check_s = time.monotonic(), 0.0
+        self._written, self._check_s, self._warm = time.monotonic(), 0.0, False
         self._state = _State()
         self._adam = Adam(work.parameters, work.units, decay=recipe.decay)
         self._best = {n: p.detach().clone() for n, p in work.parameters.items()}
@@ -233,10 +234,12 @@ class Trainer:
             self._plan()
         started = time.monotonic()
         self._train(state.schedule.rate(state.step) if state.schedule else 0.05)
-        self._pace.add(time.monotonic() - started)
+        if self._warm:
+            self._pace.add(time.monotonic() - started)
+        self._warm = True
         state.step += 1
         self._progress.advance()
-        if state.schedule is not None and state.step % state.every == 0:
+        if state.schedule is not None and state.step - state.curve[-1].step >= state.every:
             self._look()
             self._retreat(state.schedule.done(state.step))
             self._stretch()
@@ -293,7 +296,8 @@ class Trainer:
             return
         checks_left = max(plan.steps - self._state.step, 0) / self._state.every
         fits = int((left - checks_left * self._check_s) / self._pace.seconds_a_step)
-        self._state.schedule = plan.stretched(self._state.step, self._state.step + max(fits, 1))
+        plan = plan.stretched(self._state.step, self._state.step + max(fits, 1))
+        self._state.schedule, self._state.every = plan, max(1, plan.steps // self._recipe.checks)
 
     def _train(self, share: float) -> None:
         """One step at a share of the highest rate."""
