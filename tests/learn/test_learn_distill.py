@@ -375,31 +375,6 @@ def test_frozen_weights_stay(folder: Path, tmp_path: Path, student: str) -> None
         teach(folder, student, out=tmp_path / "other", freeze="zz*")
 
 
-def test_a_weight_of_two_blocks_is_taught_in_the_first() -> None:
-    """Else the later block would spoil what the earlier one was taught."""
-    from featherweight.learn import layerwise
-    from featherweight.learn.blocks import Block, Pair
-    from featherweight.learn.training import Recipe
-
-    class Known:
-        def parameters_by_name(self) -> dict[str, Any]:
-            return {n: torch.nn.Parameter(torch.ones(2, 2)) for n in ("w", "tied")}
-
-        def grids(self) -> dict[str, Any]:
-            return {}
-
-        def segment(self, *_: object) -> None:
-            return None
-
-    class Filled:
-        n, checked, stackable = 8, 7, False
-
-    blocks = [Block(("x",), Pair("h", "h"), ("tied",)), Block(("h",), None, ("w", "tied"))]
-    job = layerwise.Blockwise(Known(), blocks, [1, 1], Recipe, {}, ["y"], lambda *_: torch.zeros(()))
-    taught = [layerwise._Taught(job, b, Filled(), k) for k, b in enumerate(blocks)]
-    assert [list(t.parameters) for t in taught] == [["tied"], ["w"]]
-
-
 def test_a_folder_that_holds_a_run_is_left_alone(folder: Path, tmp_path: Path) -> None:
     for name in ("journal.sqlite", "model.onnx", "report.json"):
         place = tmp_path / name.split(".")[0]
@@ -475,27 +450,6 @@ def test_a_stage_that_comes_nearer_only_when_softened_is_taken_back(
     given, left = (io.load(p).graph.initializers for p in (folder / "noisy.onnx", found.model))
     for name in ("a.w", "d.w"):
         np.testing.assert_array_equal(left[name].const_value.numpy(), given[name].const_value.numpy())
-
-
-def test_block_files_hold_what_was_put_in_as_it_was(tmp_path: Path) -> None:
-    """Halves where they are near enough, the whole type where they are not, and never for numbers of things."""
-    from featherweight.learn.layerwise import Files
-
-    files = Files(tmp_path)
-    files.n = 1
-    given = {
-        "small": torch.tensor([0.1, -3.25, 60000.0]), "large": torch.tensor([1.0, 70000.0]),
-        "ids": torch.tensor([5, 2**40]), "double": torch.tensor([0.1], dtype=torch.float64), "none": torch.zeros(0, 3),
-    }  # fmt: skip
-    files.put("ours", 0, given)
-    files.become("ours", "next")
-    found = files.get("next", 0, list(given))
-    assert {n: x.dtype for n, x in found.items()} == {n: x.dtype for n, x in given.items()}
-    assert torch.allclose(found["small"], given["small"], rtol=5e-4)
-    assert not torch.equal(found["small"], given["small"])
-    for name in ("large", "ids", "double", "none"):
-        assert torch.equal(found[name], given[name])
-    assert not files.has("ours", "small")
 
 
 def test_blocks_are_checked_on_validation_data_alone(folder: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -295,6 +296,27 @@ def test_a_rate_that_does_harm_is_lowered_from_the_best_weights(retreats: int, r
     assert ended.rate == pytest.approx(rate)
     # The check after two steps is the best; the three before the ninth step say harm.
     assert (at[8] == at[2]) == bool(retreats)
+
+
+@pytest.mark.parametrize("seconds", [(5.0, 0.1, 0.1), (5.0, 0.2, 0.05), (0.1, 0.05, 0.2)])
+def test_the_time_is_used_and_checks_keep_to_the_plan(
+    seconds: tuple[float, float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seconds of the first step, which says nothing about the others, of the next 200, and of those after them."""
+    clock = [0.0]
+    monkeypatch.setattr("featherweight.learn.training.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    work = Bowl(0.1).work()
+
+    def losses(step: int, done: float) -> Iterator[Callable[[], Any]]:
+        clock[0] += seconds[0 if step == 0 else 1 if step <= 200 else 2]
+        return work.losses(step, done)
+
+    recipe = Recipe(1e-3, checks=6, patience=99)
+    seen = dataclasses.replace(work, losses=losses)
+    ended = Trainer(seen, recipe, seconds=100.0, keeper=None, progress=Silent()).run()
+    fits = 201 + (100 - seconds[0] - 200 * seconds[1]) / seconds[2]
+    assert 0.9 * fits <= ended.steps <= fits + 1
+    assert 5 <= len(ended.curve) <= 10
 
 
 class Kept:

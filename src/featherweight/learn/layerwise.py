@@ -311,7 +311,7 @@ class _Taught:
         """True if the block answers a part of a micro-batch as it answers the whole: a first axis need not be samples,
         and ranges that are found in a batch are its own.
         """
-        i, rows = self._trained[0]
+        i, rows = next(part for part in self._trained if part[1] != WHOLE)
         whole = self._plain(_starts(self._files, self._block.starts, i))[self._ours[0]][rows]
         part = self._plain(_starts(self._files, self._block.starts, i, rows))[self._ours[0]]
         return part.shape == whole.shape and float(losses.relative(part, whole)) <= PART_ERROR
