@@ -22,6 +22,7 @@ from benchmarks import quantize, results, tasks
 from benchmarks.tasks import TASKS, Task
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx_ir as ir
 
     from featherweight.core import Plan
@@ -153,6 +154,34 @@ def plain(row: Row, source: Path) -> float:
     return float(np.mean(answers == feeds.labels(quantize.WORK / "data" / task.evaluation)))
 
 
+def likeness(row: Row, source: Path, path: Path) -> dict[str, float]:
+    """How a file's answers on the evaluation photos compare with the original's: share of equal first answers, and
+    Kullback-Leibler divergence from the original, in nats a photo. Both move less by chance than top-1 does.
+    """
+    import numpy as np
+
+    from benchmarks import evaluate
+
+    task = task_of(row)
+    tasks.prepare(task, source, quantize.WORK)
+    theirs, ours = (evaluate.outputs(task, p, quantize.WORK) for p in (quantize.original(task), path))
+    p, q = logarithms(theirs), logarithms(ours)
+    return {
+        "agree": float(np.mean(theirs.argmax(1) == ours.argmax(1))),
+        "divergence": float((np.exp(p) * (p - q)).sum(1).mean()),
+    }
+
+
+def logarithms(scores: np.ndarray) -> np.ndarray:
+    """Log-probabilities of (n, classes) logits or probabilities."""
+    import numpy as np
+
+    if scores.min() >= 0 and np.allclose(scores.sum(1), 1, atol=1e-3):
+        return np.log(np.maximum(scores, 1e-12))
+    less = scores - scores.max(1, keepdims=True)
+    return np.asarray(less - np.log(np.exp(less).sum(1, keepdims=True)))
+
+
 def run(row: Row, source: Path, time: str, stages: str) -> dict[str, Any]:
     """Teach one student through the command line; what its report says."""
     task = task_of(row)
@@ -170,6 +199,7 @@ def run(row: Row, source: Path, time: str, stages: str) -> dict[str, Any]:
         return {"error": done.stderr.strip()[-300:]}
     raw: dict[str, Any] = json.loads(done.stdout)
     layers = next((s for s in raw["stages"] if s["name"] == "layers"), None)
+    like = {"before": student(row, source), "after": out / "model.onnx"}
     return {
         "size_bytes": raw["after"]["size_bytes"], "teacher": raw["teacher"]["metric"],
         "before": raw["before"]["metric"], "layers": layers and layers["measured"]["metric"],
@@ -177,6 +207,7 @@ def run(row: Row, source: Path, time: str, stages: str) -> dict[str, Any]:
         "rate": raw["facts"]["rate"], "recovered": raw["recovered"], "gain_interval": raw["gain_interval"],
         "steps": {s["name"]: s["steps"] for s in raw["stages"]},
         "validation": {s["name"]: [s["loss_before"], s["loss_after"]] for s in raw["stages"]},
+        "like": {when: likeness(row, source, path) for when, path in like.items()},
         "wall_s": raw["seconds"], "peak_bytes": raw["peak_bytes"], "n": raw["after"]["n_samples"], "error": "",
     }  # fmt: skip
 
@@ -201,12 +232,13 @@ def table(found: dict[str, Any]) -> str:
         "# Distillation", "",
         "Top-1 on 500 photos that were never trained on; 500 other photos, without labels, taught and guarded.",
         "`plain`: channels cut off or weights rounded to the nearest value, nothing else; `before`: with what",
-        "`compress` solves layer by layer, on the same photos; `back`: share that teaching brought back of what was",
-        "still lost; `of all`: with what was solved for, of what plain compression loses; `rate`: the highest of the",
-        "second stage, as it was at the end (docs/learn.md).",
+        "`compress` solves layer by layer, on the same photos; `blocks`: after the first stage of teaching; `back`: share",
+        "that teaching brought back of what was still lost; `of all`: with what was solved for, of what plain compression",
+        "loses; `agree`: share of the photos with the original's first answer, `nats`: Kullback-Leibler divergence from it,",
+        "both before and after.",
         "Machine and versions: distill.json.", "",
-        "| student | MB | original | plain | before | after blocks | after | back | of all | rate | time | peak |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| student | MB | original | plain | before | blocks | after | back | of all | agree | nats | time | peak |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]  # fmt: skip
 
     def cell(value: Any, form: Callable[[Any], str]) -> str:
@@ -220,8 +252,10 @@ def table(found: dict[str, Any]) -> str:
         lost = None if r.get("plain") is None else r["teacher"] - r["plain"]
         whole = (r["after"] - r["plain"]) / lost if lost else None
         back = " | ".join(cell(share, "{:.0%}".format) for share in (r["recovered"], whole))
+        like = [r["like"][when] for when in ("before", "after")] if "like" in r else []
+        near = " | ".join(", ".join(f"{x[k]:.3f}" for x in like) or "-" for k in ("agree", "divergence"))
         cost = f"{r['wall_s'] / 60:.1f} min | {r['peak_bytes'] / 1e9:.2f} GB"
-        lines.append(f"| {key} | {r['size_bytes'] / 1e6:.2f} | {' | '.join(top)} | {back} | {r['rate']:.2g} | {cost} |")
+        lines.append(f"| {key} | {r['size_bytes'] / 1e6:.2f} | {' | '.join(top)} | {back} | {near} | {cost} |")
     return "\n".join(lines) + "\n"
 
 
