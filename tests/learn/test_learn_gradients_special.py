@@ -47,6 +47,26 @@ def test_rounding_passes_the_gradient_of_its_smooth_stand_in(zero, per_channel) 
     assert 0 < int((mine[0] == 0).sum()) < x.numel()  # some were cut off, and pass nothing
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "mixed", "strided"])
+def test_the_scale_of_pictures_gets_the_same_gradient_in_any_layout(layout: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, reading = (torch.randn(2, 3, 4, 6, generator=generator, dtype=torch.float64) * 3 for _ in range(2))
+    steps = torch.round(x / 0.7)
+    codes = steps.clamp(-5, 5)
+    by_hand = (reading * (codes - (codes == steps) * x / 0.7)).sum()
+    if layout in ("channels last", "mixed"):
+        x = x.contiguous(memory_format=torch.channels_last)
+    if layout == "channels last":
+        reading = reading.contiguous(memory_format=torch.channels_last)
+    if layout == "strided":
+        x, reading = (t.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0) for t in (x, reading))
+    for shape in ((), (1,), (1, 1, 1, 1)):
+        scale = torch.full(shape, 0.7, dtype=torch.float64).requires_grad_()
+        (found,) = torch.autograd.grad((fake_quantize(x, scale, 1.0, -4, 6) * reading).sum(), scale)
+        assert found.shape == scale.shape
+        assert float(found) == pytest.approx(float(by_hand))
+
+
 def executor_of(text: str, weights: dict[str, np.ndarray], **kwargs: Any) -> Executor:
     """A graph in ONNX text with stored weights, in float64."""
     proto = parser.parse_model('<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>\n' + text)

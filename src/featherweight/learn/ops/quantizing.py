@@ -18,6 +18,9 @@ from featherweight.errors import ModelError
 from featherweight.learn import _tensors
 from featherweight.learn.ops.registry import Call, Kernel, operator
 
+#: Elements from which a dot product's count may not fit into BLAS's integers.
+_BLAS = 1 << 31
+
 
 class RoundClip(torch.autograd.Function):
     """round(x) cut to low..high; the gradient passes where nothing was cut."""
@@ -49,20 +52,32 @@ class FakeQuantize(torch.autograd.Function):
         if not (wanted[0] or wanted[1]):
             return rounded.clamp_(low, high).mul_(scale)
         codes = rounded.clamp(low, high)
-        ctx.inside, ctx.scale = codes == rounded, scale.detach()
+        ctx.inside = codes == rounded
+        value = codes.mul_(scale)
         if wanted[1]:
-            ctx.save_for_backward(x.detach(), codes.clone())
-        return codes.mul_(scale)
+            ctx.save_for_backward(x, value, scale)
+        return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Clipped straight-through for x, LSQ for the scale."""
-        to_x = torch.where(ctx.inside, grad, grad.new_zeros(())) if ctx.needs_input_grad[0] else None
+        to_x = torch.where(ctx.inside, grad, grad.new_zeros(()))
         to_scale = None
         if ctx.needs_input_grad[1]:
-            x, codes = ctx.saved_tensors
-            to_scale = (grad * (codes - ctx.inside * (x / ctx.scale))).sum_to_size(ctx.scale.shape)
+            x, value, scale = ctx.saved_tensors
+            # The sum of grad * (code - x / scale), without making any of them anew.
+            to_scale = (summed_product(grad, value, scale.shape) - summed_product(to_x, x, scale.shape)) / scale
         return to_x, to_scale, None, None, None
+
+
+def summed_product(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
+    """Products of two tensors of one shape, summed to one that broadcasts to it; not made where that is a number."""
+    if shape.numel() == 1 and a.dtype == b.dtype and a.numel() < _BLAS:
+        pictures = a.ndim == 4 and all(t.is_contiguous(memory_format=torch.channels_last) for t in (a, b))
+        one, other = (t.permute(0, 2, 3, 1) if pictures else t for t in (a, b))
+        if one.is_contiguous() and other.is_contiguous():
+            return torch.dot(one.view(-1), other.view(-1)).reshape(shape)
+    return (a * b).sum_to_size(shape)
 
 
 def round_clip(x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
