@@ -146,10 +146,11 @@ def test_projection_finds_the_channels_that_are_left() -> None:
     mix = torch.randn(6, 4)
     student = torch.einsum("nchw,cd->ndhw", teacher, mix)
     projection = Projection(1)
-    with pytest.raises(DataError, match="fitted"):
+    with pytest.raises(DataError, match="solved for"):
         projection(student)
     back = torch.einsum("ndhw,de->nehw", student, torch.randn(4, 6)) + 1
-    projection.fit(student, back, ridge=1e-9)
+    projection.add(student, back)
+    projection.solve(ridge=1e-9)
     assert torch.allclose(projection(student), back, atol=1e-3)
 
 

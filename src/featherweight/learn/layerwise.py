@@ -40,6 +40,8 @@ MOST_HALF, HALF_ERROR = 6e4, 1e-6
 POSITIONS = 2048
 #: Relative error up to which a part of a micro-batch counts as answered like the whole.
 PART_ERROR = 1e-3
+#: The least cost of a block over that of all: one with few operations has weights too.
+LEAST_COST = 0.02
 #: Of the stage's time, for drawing.
 DRAW_SHARE = 0.15
 #: Learning rate over the relative error of a block, and its limits: few codes need to move where little is wrong.
@@ -188,10 +190,11 @@ def train_blocks(
     drawn_until = clock() + DRAW_SHARE * seconds if by_time else math.inf
     files.fill(lessons, checks, places, views, progress, lambda: stop() or clock() > drawn_until)
     first = 0 if start is None else start[0]
+    costs = [max(c, LEAST_COST * math.fsum(job.costs)) for c in job.costs]
     results, outcomes = [], []
     for k, block in enumerate(job.blocks):
         if k >= first:
-            share = job.costs[k] / max(math.fsum(job.costs[k:]), 1e-12)
+            share = costs[k] / math.fsum(costs[k:])
             taught = _Taught(job, block, files, k)
             if taught.parameters:
                 here = start[1] if start is not None and k == first else None
@@ -278,9 +281,7 @@ class _Taught:
         self._projection: Projection | None = None
         if block.end is not None and block.end.axis is not None:
             self._projection = Projection(block.end.axis)
-            with torch.no_grad():
-                made = self._plain(_starts(files, block.starts, 0))[block.end.student]
-            self._projection.fit(made, files.get("theirs", 0, self._theirs)[block.end.teacher])
+            self._solve(self._projection)
         self._trained = [(i, rows) for i in range(files.checked) for rows in self._parts(i)]
         if len(self._trained) > files.checked and not self._is_by_rows():
             self._trained = [(i, WHOLE) for i in range(files.checked)]
@@ -292,6 +293,15 @@ class _Taught:
         if self._projection is not None and self._projection.weight is not None:
             fixed[self._ours[0]] = self._projection.weight
         return Work(self.parameters, units, self._losses, self._check, fixed)
+
+    @torch.no_grad()
+    def _solve(self, projection: Projection) -> None:
+        """The map from what the student has at the end of the block to what the teacher has there."""
+        for i in range(self._files.checked):
+            made = self._plain(_starts(self._files, self._block.starts, i))[self._ours[0]]
+            if projection.add(made, self._files.get("theirs", i, self._theirs)[self._theirs[0]]):
+                break
+        projection.solve()
 
     def _parts(self, i: int) -> list[slice]:
         """Samples of a micro-batch that make a step: so many that they have enough positions."""

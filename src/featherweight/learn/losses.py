@@ -27,6 +27,8 @@ Loss = Literal["auto", "kl", "embedding", "mse"]
 LOSSES: tuple[str, ...] = get_args(Loss)
 Array = npt.NDArray[Any]
 _TINY = 1e-9
+#: Positions for each channel of a map between features: fewer are learned by heart, and the map says nothing of others.
+ENOUGH = 30
 _SAYS: Mapping[Kind, str] = {
     "logits": "KL divergence of class scores",
     "probabilities": "KL divergence of probabilities",
@@ -166,18 +168,29 @@ class Projection(torch.nn.Module):
         super().__init__()
         self.axis = axis
         self.weight: Tensor | None = None
+        self._rows = 0
+        self._sums: tuple[Tensor, Tensor] | None = None
 
-    def fit(self, student: Tensor, teacher: Tensor, *, ridge: float = 1e-3) -> None:
-        """Solve for the map by ridge regression over all samples and positions, in float64."""
+    def add(self, student: Tensor, teacher: Tensor) -> bool:
+        """Take samples and positions into account; True once there are enough of them."""
         x, y = (v.detach().movedim(self.axis, -1).flatten(0, -2).double() for v in (student, teacher))
         x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
-        gram = x.T @ x
-        gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=x.dtype)
-        self.weight = torch.linalg.solve(gram, x.T @ y).float()
+        gram, cross = self._sums or (0, 0)
+        self._sums = gram + x.T @ x, cross + x.T @ y
+        self._rows += len(x)
+        return self._rows >= ENOUGH * x.shape[1]
+
+    def solve(self, *, ridge: float = 1e-3) -> None:
+        """Solve for the map by ridge regression, in float64. Raises DataError before anything was added."""
+        if self._sums is None:
+            raise DataError("a projection must be given features before it is solved for")
+        gram, cross = self._sums
+        gram = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+        self.weight, self._sums, self._rows = torch.linalg.solve(gram, cross).float(), None, 0
 
     def forward(self, student: Tensor) -> Tensor:
-        """The student's features in the teacher's width. Raises DataError before `fit`."""
+        """The student's features in the teacher's width. Raises DataError before `solve`."""
         if self.weight is None:
-            raise DataError("a projection must be fitted before it is used")
+            raise DataError("a projection must be solved for before it is used")
         x = student.movedim(self.axis, -1)
         return (x @ self.weight[:-1] + self.weight[-1]).movedim(-1, self.axis)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,14 +52,17 @@ class Matching:
         """The maps between features of different widths, by the student's tensor."""
         return {n: p.weight for n, p in self._projections.items() if p.weight is not None}
 
-    def fit(self, lesson: Lesson) -> None:
-        """Solve the maps between features of different widths on one batch."""
-        if self._projections:
-            with torch.no_grad():
-                found = self._forward(lesson.feeds, list(self._projections))
-            for pair in self.pairs:
-                if pair.student in self._projections:
-                    self._projections[pair.student].fit(found[pair.student], lesson.answers[pair.teacher])
+    @torch.no_grad()
+    def fit(self, lessons: Iterable[Lesson]) -> None:
+        """Solve the maps between features of different widths on as many lessons as that takes."""
+        wanted = [p for p in self.pairs if p.student in self._projections]
+        for lesson in lessons if wanted else ():
+            found = self._forward(lesson.feeds, [p.student for p in wanted])
+            enough = [self._projections[p.student].add(found[p.student], lesson.answers[p.teacher]) for p in wanted]
+            if all(enough):
+                break
+        for pair in wanted:
+            self._projections[pair.student].solve()
 
     def __call__(self, lesson: Lesson) -> Tensor:
         """The loss of one micro-batch, a mean over its samples."""

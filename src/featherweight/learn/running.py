@@ -188,7 +188,7 @@ class Run:
         asked = self.asked
         one = self._lessons(batch=1, micro=1)
         lesson = next(iter(one.step(0)))
-        self._matching.fit(lesson)  # for now: the maps that are trained with are solved on a whole batch
+        self._matching.fit([lesson])  # for now: the maps that are trained with are solved on many
         stored = sum(p.nbytes for p in self.student.parameters().values())
         each = max(saved_bytes(lambda: self._matching(lesson)) - stored, 0) // max(lesson.n, 1)
         ends = sum(lesson.answers[p.teacher].nbytes for p in self._pairs) // max(lesson.n, 1)
@@ -308,7 +308,9 @@ class Run:
 
     def _end(self, until: float, here: Saved | None, done: Sequence[Stage]) -> tuple[list[Outcome], list[Block]]:
         lessons = self._lessons(names=[*(t.name for t in self._targets), *self._matching.inner])
-        self._matching.fit(next(iter(lessons.step(0))))
+        started = self.elapsed()
+        self._matching.fit(lesson for step in range(lessons.steps_an_epoch) for lesson in lessons.step(step))
+        solving = self.elapsed() - started
         if self._memory.recompute:
             cuts = [p.student for p in self._matching.pairs or self._pairs]
             reads = [b.starts for b in blocks.blocks(self.student_model, [Pair(c, c) for c in cuts])]
@@ -321,7 +323,7 @@ class Run:
         most = 0 if self.asked.rate else RETREATS
         recipe = Recipe(self._rate, ema=self.asked.ema, most_steps=self.asked.max_steps, retreats=most)
         trainer = Trainer(
-            work, recipe, seconds=until - self.entry[0], keeper=self._keeper("end", 0, done),
+            work, recipe, seconds=until - self.entry[0] - solving, keeper=self._keeper("end", 0, done),
             progress=self.progress, name="end to end", stop=lambda: self._stopped,
         )  # fmt: skip
         if here is not None:
