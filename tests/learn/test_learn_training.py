@@ -24,12 +24,13 @@ from featherweight.learn import augment, losses  # noqa: E402
 from featherweight.learn.blocks import Pair  # noqa: E402
 from featherweight.learn.keeping import stage_from  # noqa: E402
 from featherweight.learn.losses import Projection, Target  # noqa: E402
-from featherweight.learn.matching import damage, rescaled  # noqa: E402
+from featherweight.learn.matching import Matching, Weights, damage, rescaled  # noqa: E402
 from featherweight.learn.optimiser import Adam, unit_of  # noqa: E402
 from featherweight.learn.result import Point, Stage  # noqa: E402
 from featherweight.learn.schedule import Schedule, first_plan  # noqa: E402
 from featherweight.learn.stopping import Watch  # noqa: E402
 from featherweight.learn.student import Footprint, fit_memory  # noqa: E402
+from featherweight.learn.teacher import Lesson, Lessons  # noqa: E402
 from featherweight.learn.training import Check, Recipe, Trainer, Work  # noqa: E402
 from featherweight.runtime import metrics  # noqa: E402
 
@@ -152,6 +153,66 @@ def test_projection_finds_the_channels_that_are_left() -> None:
     projection.add(student, back)
     projection.solve(ridge=1e-9)
     assert torch.allclose(projection(student), back, atol=1e-3)
+
+
+def test_a_projection_asks_for_enough_positions_and_is_that_of_all_of_them() -> None:
+    """Twelve channels and an offset: 390 rows. The first batch alone has fewer rows than that has numbers."""
+    torch.manual_seed(0)
+    teacher, mix = torch.randn(50, 12, 3, 3), torch.randn(12, 5)
+    student = torch.randn(50, 12, 3, 3)
+    teacher = torch.einsum("nchw,cd->ndhw", student, mix) + torch.randn(50, 5, 3, 3)
+    projection, seen = Projection(1), 0
+    for one, other in zip(student.split(1), teacher.split(1), strict=True):
+        seen += 1
+        if projection.add(one, other):
+            break
+    assert seen == 44  # of nine positions each
+    projection.solve(ridge=0)
+    x, y = (v[:seen].movedim(1, -1).flatten(0, -2).double().numpy() for v in (student, teacher))
+    expected, *_ = np.linalg.lstsq(np.hstack([x, np.ones((len(x), 1))]), y, rcond=None)
+    np.testing.assert_allclose(projection.weight.numpy(), expected, atol=1e-5)
+    with pytest.raises(DataError, match="given features"):
+        projection.solve()
+
+
+def test_maps_of_inner_tensors_are_solved_on_as_many_lessons_as_it_takes() -> None:
+    torch.manual_seed(0)
+    asked: list[int] = []
+
+    def forward(feeds: dict[str, Any], names: list[str]) -> dict[str, Any]:
+        return {n: feeds["x"][:, : {"wide": 4, "narrow": 2}[n]] for n in names}
+
+    def lessons() -> Iterator[Lesson]:
+        for i in range(1000):
+            asked.append(i)
+            x = torch.randn(10, 6)
+            yield Lesson({"x": x}, {"a": x[:, :5], "b": x[:, :3]}, None, 10)
+
+    pairs = [Pair("a", "wide", 1), Pair("b", "narrow", 1)]
+    matching = Matching(forward, (), pairs, Weights())
+    matching.fit(lessons())
+    assert len(asked) == 15  # 30 rows for each of four channels and an offset
+    assert {n: tuple(w.shape) for n, w in matching.fixed.items()} == {"wide": (5, 5), "narrow": (3, 3)}
+    asked.clear()
+    Matching(forward, (), [Pair("a", "same", None)], Weights()).fit(lessons())
+    assert asked == []
+
+
+@pytest.mark.parametrize(("keep", "calls"), [(0, 12), (3 * 16, 9), (1 << 20, 6)])
+def test_answers_to_data_that_come_back_are_kept_up_to_a_limit(tmp_path: Path, keep: int, calls: int) -> None:
+    np.savez(tmp_path / "d.npz", x=np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32))
+    data = open_data(tmp_path / "d.npz", [InputSpec("x", np.dtype(np.float32), ("n", 4))])
+    asked = []
+
+    def teacher(feeds: dict[str, Any], names: object) -> dict[str, Any]:
+        asked.append(feeds)
+        return {"y": torch.from_numpy(feeds["x"]) * 2}
+
+    lessons = Lessons(data, teacher, batch=1, micro=1, seed=0, how=augment.Augment(), labels=False, keep=keep)
+    for step in range(12):
+        (lesson,) = lessons.step(step)
+        assert torch.equal(lesson.answers["y"], lesson.feeds["x"] * 2)
+    assert len(asked) == calls
 
 
 def test_tensors_whose_scales_were_moved_are_told_apart() -> None:

@@ -31,7 +31,7 @@ from featherweight.learn.proof import Proof
 from featherweight.learn.reading import read_parts
 from featherweight.learn.result import Block, Distilled, Stage
 from featherweight.learn.student import COPIES, Footprint, Student, fit_memory, resident_bytes, saved_bytes
-from featherweight.learn.teacher import Lessons, Teacher, as_tensors
+from featherweight.learn.teacher import KEPT_BYTES, Lessons, Teacher, as_tensors
 from featherweight.learn.training import Outcome, Recipe, Trainer, Work
 from featherweight.quantities import format_bytes
 from featherweight.search.problem import input_specs
@@ -205,11 +205,11 @@ class Run:
                      f"{format_bytes(self._memory.predicted)} predicted at most")
             )  # fmt: skip
 
-    def _lessons(self, *, batch: int = 0, micro: int = 0, names: Sequence[str] | None = None) -> Lessons:
+    def _lessons(self, *, batch: int = 0, micro: int = 0, names: Sequence[str] | None = None, keep: int = 0) -> Lessons:
         asked = self.asked
         return Lessons(
             self._train, self._ask, batch=batch or asked.batch_size, micro=micro or self._memory.micro,
-            seed=asked.seed, how=self._how, labels=asked.labels, names=names,
+            seed=asked.seed, how=self._how, labels=asked.labels, names=names, keep=keep,
         )  # fmt: skip
 
     def _restore(self, saved: Saved) -> None:
@@ -307,7 +307,9 @@ class Run:
         return outcomes, made
 
     def _end(self, until: float, here: Saved | None, done: Sequence[Stage]) -> tuple[list[Outcome], list[Block]]:
-        lessons = self._lessons(names=[*(t.name for t in self._targets), *self._matching.inner])
+        limit = self.asked.max_memory
+        keep = KEPT_BYTES if limit is None else min(max(limit - self._memory.predicted, 0), KEPT_BYTES)
+        lessons = self._lessons(names=[*(t.name for t in self._targets), *self._matching.inner], keep=keep)
         started = self.elapsed()
         self._matching.fit(lesson for step in range(lessons.steps_an_epoch) for lesson in lessons.step(step))
         solving = self.elapsed() - started

@@ -63,12 +63,12 @@ class Lessons:
 
     `batch`: samples a step, at least one unit; `micro`: samples at a time. A model that takes a fixed number of rows
     gets them unit by unit. `names`: tensors the teacher is asked for; None: all it can give. `stackable`: any number of
-    samples is a batch.
+    samples is a batch. `keep`: bytes of the teacher's answers that are kept, where the same come back.
     """
 
     def __init__(
         self, dataset: Dataset, teacher: Teacher, *, batch: int, micro: int, seed: int, how: Augment, labels: bool,
-        names: Sequence[str] | None = None,
+        names: Sequence[str] | None = None, keep: int = 0,
     ) -> None:  # fmt: skip
         self.dataset, self._teacher, self._how, self._labels = dataset, teacher, how, labels
         self._names = names
@@ -82,7 +82,7 @@ class Lessons:
         self.micro = self._per_micro * each
         self._seed = seed
         self._kept: dict[tuple[int, ...], dict[str, Tensor]] = {}
-        self._kept_bytes = 0
+        self._keep, self._kept_bytes = keep, 0
 
     @property
     def augmented(self) -> bool:
@@ -124,7 +124,7 @@ class Lessons:
             return self._kept[group]
         found = self._teacher(feeds, self._names)
         size = sum(x.nbytes for x in found.values())
-        if len(group) == 1 and self._kept_bytes + size <= KEPT_BYTES:
+        if len(group) == 1 and self._kept_bytes + size <= self._keep:
             self._kept[group] = found
             self._kept_bytes += size
         return found
