@@ -45,7 +45,8 @@ LEAST_COST = 0.02
 #: Of the stage's time, for drawing.
 DRAW_SHARE = 0.15
 #: Learning rate over the relative error of a block, and its limits: few codes need to move where little is wrong.
-RATE, LEAST_RATE, MOST_RATE = 0.03, 5e-3, 2e-2
+#: Plain floats need not go as far as the next code, and learn their inputs by heart the sooner.
+RATE, LEAST_RATE, MOST_RATE, MOST_RATE_FLOATS = 0.03, 5e-3, 2e-2, 1e-2
 #: Highest rate, and weight of the penalty on moves that are not whole relative to the error, of learned rounding.
 RATE_MOVES, PENALTY = 1e-3, 0.1
 WHOLE = slice(None)
@@ -368,7 +369,8 @@ class _Taught:
             return RATE_MOVES
         if self._block.end is None or not math.isfinite(error):
             return LEAST_RATE
-        return min(max(RATE * error, LEAST_RATE), MOST_RATE)
+        coded = not self._job.executor.grids().keys().isdisjoint(self.parameters)
+        return min(max(RATE * error, LEAST_RATE), MOST_RATE if coded else MOST_RATE_FLOATS)
 
 
 __all__ = ["Blockwise", "train_blocks", "views_for"]
