@@ -177,7 +177,7 @@ def logarithms(scores: np.ndarray) -> np.ndarray:
     import numpy as np
 
     if scores.min() >= 0 and np.allclose(scores.sum(1), 1, atol=1e-3):
-        return np.log(np.maximum(scores, 1e-12))
+        return np.asarray(np.log(np.maximum(scores, 1e-12)))
     less = scores - scores.max(1, keepdims=True)
     return np.asarray(less - np.log(np.exp(less).sum(1, keepdims=True)))
 

@@ -20,17 +20,21 @@ from featherweight.learn.layerwise import WHOLE, Files  # noqa: E402
 from featherweight.learn.training import Recipe  # noqa: E402
 
 
-def block(path: Path, *, mean_of_batch: bool = False, rows: int | str = "n") -> Executor:
-    """x (n, 3, 32, 32) -> convolution -> h, less its mean over the batch on request."""
+def block(path: Path, *, mean_of_batch: bool = False, coded: bool = False) -> Executor:
+    """x (n, 3, 32, 32) -> convolution -> h; on request less its mean over the batch, or with its weight as int8."""
     weight = np.random.default_rng(0).normal(size=(4, 3, 1, 1)).astype(np.float32)
     nodes = [helper.make_node("Conv", ["x", "w"], ["c" if mean_of_batch else "h"])]
     stored = [numpy_helper.from_array(weight, "w")]
+    if coded:
+        nodes.insert(0, helper.make_node("DequantizeLinear", ["q", "s"], ["w"]))
+        codes = np.clip(np.round(weight * 50), -127, 127).astype(np.int8)
+        stored = [numpy_helper.from_array(codes, "q"), numpy_helper.from_array(np.float32(0.02), "s")]
     if mean_of_batch:
         stored.append(numpy_helper.from_array(np.array([0]), "axes"))
         nodes += [helper.make_node("ReduceMean", ["c", "axes"], ["m"]), helper.make_node("Sub", ["c", "m"], ["h"])]
     graph = helper.make_graph(
-        nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [rows, 3, 32, 32])],
-        [helper.make_tensor_value_info("h", TensorProto.FLOAT, [rows, 4, 32, 32])], stored,
+        nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 32, 32])],
+        [helper.make_tensor_value_info("h", TensorProto.FLOAT, ["n", 4, 32, 32])], stored,
     )  # fmt: skip
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
     return Executor(io.load(path))
@@ -96,11 +100,19 @@ def test_small_maps_and_matrices_are_taught_by_whole_micro_batches(tmp_path: Pat
     assert taught(block(tmp_path / "m.onnx"), files)._parts(1) == [slice(at, at + 4) for at in range(0, 16, 4)]
 
 
+@pytest.mark.parametrize(("coded", "most"), [(False, 1e-2), (True, 2e-2)])
+def test_the_rate_follows_the_error_and_codes_go_further(tmp_path: Path, coded: bool, most: float) -> None:
+    found = taught(block(tmp_path / "m.onnx", coded=coded), filled(tmp_path / "files"))
+    assert list(found.parameters) == ["w"]
+    assert [found.rate(e) for e in (0.0, 0.1, 0.25, 0.9)] == pytest.approx([5e-3, 5e-3, 7.5e-3, most])
+    assert found.rate(float("nan")) == 5e-3
+
+
 def test_what_was_seen_before_the_first_step_is_not_looked_for_twice(tmp_path: Path) -> None:
     found = taught(block(tmp_path / "m.onnx"), filled(tmp_path / "files"))
     looked = []
     real = found._loss
-    found._loss = lambda i, rows=WHOLE, *, hard: looked.append(i) or real(i, rows, hard=hard)  # type: ignore[method-assign,assignment,func-returns-value]
+    found._loss = lambda i, rows=WHOLE, *, hard: looked.append(i) or real(i, rows, hard=hard)  # type: ignore[method-assign,func-returns-value]
     first = found.first()
     assert found._check().loss == first
     assert looked == [3]
