@@ -85,6 +85,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.savez(place / "data.npz", x=x)
     network(place / "teacher.onnx", 1)
     network(place / "noisy.onnx", 1, noise=0.4)
+    network(place / "narrow.onnx", 1, width=6)
     network(place / "coarse.onnx", 1, levels=2)
     network(place / "deep-teacher.onnx", 1, deep=3)
     network(place / "deep.onnx", 1, noise=0.3, deep=3)
@@ -168,18 +169,22 @@ def test_same_seed_same_file(folder: Path, tmp_path: Path) -> None:
 
 SCRIPT = """
 import sys
-from featherweight.learn import training
+from featherweight.learn import layerwise, training
 training.CHECKPOINT_S = 0.0
+layerwise.POSITIONS = 512
 import featherweight as fw
-folder, out, resume = sys.argv[1:4]
-fw.distill(folder + "/teacher.onnx", folder + "/noisy.onnx", folder + "/data.npz", out=out, max_steps=36, threads=1,
+folder, out, resume, student = sys.argv[1:5]
+fw.distill(folder + "/teacher.onnx", folder + "/" + student, folder + "/data.npz", out=out, max_steps=36, threads=1,
            batch_size=16, metric="kl", stages="layers,end", resume=resume == "resume")
 """
 
 
-def test_killed_and_resumed_ends_where_the_whole_run_ends(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("student", ["noisy.onnx", "narrow.onnx"])
+def test_killed_and_resumed_ends_where_the_whole_run_ends(folder: Path, tmp_path: Path, student: str) -> None:
+    """Blocks take parts of a micro-batch as steps; tensors of the narrow student are mapped to the teacher's."""
+
     def run(out: str, how: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), str(tmp_path / out), how])
+        return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), str(tmp_path / out), how, student])
 
     assert run("whole", "new").wait() == 0
     for kill_at in (3, 100_000_004):  # inside the blocks, and inside the end-to-end stage

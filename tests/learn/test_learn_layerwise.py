@@ -20,8 +20,10 @@ from featherweight.learn.layerwise import WHOLE, Files  # noqa: E402
 from featherweight.learn.training import Recipe  # noqa: E402
 
 
-def block(path: Path, *, mean_of_batch: bool = False, coded: bool = False) -> Executor:
-    """x (n, 3, 32, 32) -> convolution -> h; on request less its mean over the batch, or with its weight as int8."""
+def block(path: Path, *, mean_of_batch: bool = False, coded: bool = False, four_at_a_time: bool = False) -> Executor:
+    """x (n, 3, 32, 32) -> convolution -> h; on request less its mean over the batch, with its weight as int8, or by way
+    of clips of four pictures.
+    """
     weight = np.random.default_rng(0).normal(size=(4, 3, 1, 1)).astype(np.float32)
     nodes = [helper.make_node("Conv", ["x", "w"], ["c" if mean_of_batch else "h"])]
     stored = [numpy_helper.from_array(weight, "w")]
@@ -32,6 +34,14 @@ def block(path: Path, *, mean_of_batch: bool = False, coded: bool = False) -> Ex
     if mean_of_batch:
         stored.append(numpy_helper.from_array(np.array([0]), "axes"))
         nodes += [helper.make_node("ReduceMean", ["c", "axes"], ["m"]), helper.make_node("Sub", ["c", "m"], ["h"])]
+    if four_at_a_time:
+        for name, shape in (("clips", [-1, 4, 4, 32, 32]), ("pictures", [-1, 4, 32, 32])):
+            stored.append(numpy_helper.from_array(np.array(shape), name))
+        nodes[-1].output[0] = "c"
+        nodes += [
+            helper.make_node("Reshape", ["c", "clips"], ["v"]),
+            helper.make_node("Reshape", ["v", "pictures"], ["h"]),
+        ]
     graph = helper.make_graph(
         nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 32, 32])],
         [helper.make_tensor_value_info("h", TensorProto.FLOAT, ["n", 4, 32, 32])], stored,
@@ -79,13 +89,17 @@ def test_a_step_of_a_large_map_is_a_few_samples(tmp_path: Path) -> None:
     assert drawn != found._trained
 
 
-@pytest.mark.parametrize("why", ["answers depend on the batch", "batches are as they are", "another first axis"])
+WHOLE_BECAUSE = ["answers depend on the batch", "batches are as they are", "another first axis", "four at a time"]
+
+
+@pytest.mark.parametrize("why", WHOLE_BECAUSE)
 def test_micro_batches_stay_whole_where_a_part_is_no_batch(tmp_path: Path, why: str) -> None:
-    files = filled(tmp_path / "files", stackable=why != "batches are as they are")
+    files = filled(tmp_path / "files", (16, 16, 8, 16), stackable=why != "batches are as they are")
     if why == "another first axis":
         for i in range(files.n):
             files.put("theirs", i, {"t": torch.zeros(4, 16, 32, 32)})
-    found = taught(block(tmp_path / "m.onnx", mean_of_batch=why == "answers depend on the batch"), files)
+    kind = {"mean_of_batch": why == "answers depend on the batch", "four_at_a_time": why == "four at a time"}
+    found = taught(block(tmp_path / "m.onnx", **kind), files)
     assert found._trained == [(i, WHOLE) for i in range(3)]
 
 

@@ -381,6 +381,25 @@ def test_the_time_is_used_and_checks_keep_to_the_plan(
     assert 5 <= len(ended.curve) <= 10
 
 
+def test_checks_that_cost_much_leave_half_of_the_time_for_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second a step, a minute a check, five minutes: the first check, and one more where there is time for it."""
+    clock = [0.0]
+    monkeypatch.setattr("featherweight.learn.training.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    work = Bowl(0.1).work()
+
+    def losses(step: int, done: float) -> Iterator[Callable[[], Any]]:
+        clock[0] += 1
+        return work.losses(step, done)
+
+    def check() -> Check:
+        clock[0] += 60
+        return work.check()
+
+    seen = dataclasses.replace(work, losses=losses, check=check)
+    ended = Trainer(seen, Recipe(1e-3), seconds=300.0, keeper=None, progress=Silent()).run()
+    assert ended.steps >= 50
+
+
 class Kept:
     """A keeper that remembers the last state, as JSON would."""
 
@@ -405,6 +424,34 @@ def test_a_run_resumed_around_a_lowered_rate_ends_where_the_whole_run_ends(stop_
     found = going_on.run()
     assert [p.check for p in found.curve] == [p.check for p in wanted.curve]
     assert torch.equal(again.weight, whole.weight)
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 4])
+def test_a_run_by_time_that_was_stopped_at_once_has_a_plan_when_it_goes_on(
+    stop_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed run has seen no step yet, so it has no pace to plan by."""
+    clock = [0.0]
+    monkeypatch.setattr("featherweight.learn.training.time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def trainer(kept: Kept, stop: Callable[[], bool] = lambda: False) -> Trainer:
+        work = Bowl(0.1).work()
+
+        def losses(step: int, done: float) -> Iterator[Callable[[], Any]]:
+            clock[0] += 1
+            return work.losses(step, done)
+
+        seen = dataclasses.replace(work, losses=losses)
+        return Trainer(seen, Recipe(1e-3), seconds=300.0, keeper=kept, progress=Silent(), stop=stop)
+
+    kept, steps = Kept(), itertools.count(1)
+    assert trainer(kept, lambda: next(steps) >= stop_at).run().interrupted
+    going_on = trainer(kept)
+    going_on.resume(kept.state, kept.tensors)
+    ended = going_on.run()
+    assert 250 <= ended.steps <= 301
+    assert ended.planned <= 310
+    assert len(ended.curve) > 10
 
 
 def test_a_finished_stage_comes_back_from_a_checkpoint_as_it_was() -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from featherweight.core import Progress
+from featherweight.errors import RunError
 from featherweight.learn import losses
 from featherweight.learn.blocks import Block
 from featherweight.learn.execute import Executor
@@ -196,19 +197,21 @@ def train_blocks(
     for k, block in enumerate(job.blocks):
         if k >= first:
             share = costs[k] / math.fsum(costs[k:])
+            here = start if k == first else None
+            if here is not None:
+                _as_at_first(job, k, here[2])
             taught = _Taught(job, block, files, k)
             if taught.parameters:
-                here = start[1] if start is not None and k == first else None
-                error = taught.first() if here is None else first_check(here)
-                spent = 0.0 if here is None else float(here["seconds"])
+                error = taught.first() if here is None else first_check(here[1])
+                spent = 0.0 if here is None else float(here[1]["seconds"])
                 left = max((seconds - clock()) * share, 0.0) + spent
                 trainer = Trainer(
                     taught.work(), job.recipe(taught.rate(error)), seconds=left,
                     keeper=keeper(k) if keeper else None, progress=progress,
                     name=f"block {k + 1} of {len(job.blocks)}", stop=stop,
                 )  # fmt: skip
-                if start is not None and k == first:
-                    trainer.resume(start[1], start[2])
+                if here is not None:
+                    trainer.resume(here[1], here[2])
                 outcome = trainer.run()
                 taught.rounding.settle()
                 best = min(p.check for p in outcome.curve)
@@ -233,7 +236,7 @@ def _narrowed(x: Tensor) -> Tensor:
 
 def views_for(seconds: float, steps: int | None, lessons: Lessons) -> int:
     """How often data that come back changed are drawn for a stage of so many seconds, or `steps` a block."""
-    # A step of a block is a micro-batch.
+    # A step of a block is a micro-batch at most.
     one = lessons.steps_an_epoch * max(1, lessons.batch // lessons.micro)
     wanted = seconds / VIEW_S if steps is None else steps / one
     return int(min(max(wanted, 1), MOST_VIEWS))
@@ -248,6 +251,16 @@ def _kinds(files: Files, names: Sequence[str]) -> dict[str, list[str]]:
 def _starts(files: Files, names: Sequence[str], i: int, rows: slice = WHOLE) -> dict[str, Tensor]:
     """The tensors that a block reads."""
     return {n: x for kind, some in _kinds(files, names).items() for n, x in files.get(kind, i, some, rows).items()}
+
+
+@torch.no_grad()
+def _as_at_first(job: Blockwise, k: int, tensors: Mapping[str, Tensor]) -> None:
+    """Weights of a block as they were when its training began: what was found out then is found out again alike."""
+    done = {n for b in job.blocks[:k] for n in b.weights}
+    known = job.executor.parameters_by_name()
+    for name in job.blocks[k].weights:
+        if name in known and name not in done and f"entry/{name}" in tensors:
+            known[name].copy_(tensors[f"entry/{name}"])
 
 
 @torch.no_grad()
@@ -319,12 +332,22 @@ class _Taught:
 
     @torch.no_grad()
     def _is_by_rows(self) -> bool:
-        """True if the block answers a part of a micro-batch as it answers the whole: a first axis need not be samples,
-        and ranges that are found in a batch are its own.
+        """True if the block answers parts of a micro-batch as it answers the whole, tried once for each size of one: a
+        first axis need not be samples, and a block may take so many at a time only.
         """
-        i, rows = next(part for part in self._trained if part[1] != WHOLE)
+        parts = [part for part in self._trained if part[1] != WHOLE]
+        sizes = {i: self._files.shape("theirs", self._theirs[0], i)[0] for i, _ in parts}
+        first = {n: i for i, n in reversed(sizes.items())}
+        tried = [part for part in parts if part[0] in first.values()]
+        return all(self._answers_alike(i, rows) for i, rows in tried)
+
+    def _answers_alike(self, i: int, rows: slice) -> bool:
+        """True if the block gives for some rows what it gives for them among the others."""
         whole = self._plain(_starts(self._files, self._block.starts, i))[self._ours[0]][rows]
-        part = self._plain(_starts(self._files, self._block.starts, i, rows))[self._ours[0]]
+        try:
+            part = self._plain(_starts(self._files, self._block.starts, i, rows))[self._ours[0]]
+        except RunError:
+            return False
         return part.shape == whole.shape and float(losses.relative(part, whole)) <= PART_ERROR
 
     def _loss(self, i: int, rows: slice = WHOLE, *, hard: bool) -> Tensor:

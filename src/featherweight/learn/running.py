@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -31,7 +31,7 @@ from featherweight.learn.proof import Proof
 from featherweight.learn.reading import read_parts
 from featherweight.learn.result import Block, Distilled, Stage
 from featherweight.learn.student import COPIES, Footprint, Student, fit_memory, resident_bytes, saved_bytes
-from featherweight.learn.teacher import KEPT_BYTES, Lessons, Teacher, as_tensors
+from featherweight.learn.teacher import KEPT_BYTES, Lesson, Lessons, Teacher, as_tensors
 from featherweight.learn.training import Outcome, Recipe, Trainer, Work
 from featherweight.quantities import format_bytes
 from featherweight.search.problem import input_specs
@@ -46,6 +46,8 @@ DAMAGED, LEAST_RATE = 0.25, 0.1
 RETREATS = 3
 #: Samples whose inner tensors say whether both networks mean the same by them; one would fit any scales.
 PROBE = 8
+#: Of the second stage's time, for solving the maps between features of different widths.
+MAPS_SHARE = 0.1
 #: Of the time budget, for measuring at the end; at least this many seconds.
 PROOF_SHARE, PROOF_S = 0.04, 5.0
 
@@ -310,9 +312,8 @@ class Run:
         limit = self.asked.max_memory
         keep = KEPT_BYTES if limit is None else min(max(limit - self._memory.predicted, 0), KEPT_BYTES)
         lessons = self._lessons(names=[*(t.name for t in self._targets), *self._matching.inner], keep=keep)
-        started = self.elapsed()
-        self._matching.fit(lesson for step in range(lessons.steps_an_epoch) for lesson in lessons.step(step))
-        solving = self.elapsed() - started
+        if here is None:  # else the maps are in the checkpoint
+            self._matching.fit(self._for_maps(lessons, until))
         if self._memory.recompute:
             cuts = [p.student for p in self._matching.pairs or self._pairs]
             reads = [b.starts for b in blocks.blocks(self.student_model, [Pair(c, c) for c in cuts])]
@@ -324,8 +325,9 @@ class Run:
         )  # fmt: skip
         most = 0 if self.asked.rate else RETREATS
         recipe = Recipe(self._rate, ema=self.asked.ema, most_steps=self.asked.max_steps, retreats=most)
+        spent = 0.0 if here is None else float(here.state["trainer"]["seconds"])
         trainer = Trainer(
-            work, recipe, seconds=until - self.entry[0] - solving, keeper=self._keeper("end", 0, done),
+            work, recipe, seconds=until - self.elapsed() + spent, keeper=self._keeper("end", 0, done),
             progress=self.progress, name="end to end", stop=lambda: self._stopped,
         )  # fmt: skip
         if here is not None:
@@ -333,6 +335,15 @@ class Run:
         outcome = trainer.run()
         self.student.keep_everything()
         return [outcome], []
+
+    def _for_maps(self, lessons: Lessons, until: float) -> Iterator[Lesson]:
+        """An epoch at most, as long as a share of the time lasts, and at least one lesson."""
+        limit = self.elapsed() + MAPS_SHARE * (until - self.elapsed())
+        for step in range(lessons.steps_an_epoch):
+            for lesson in lessons.step(step):
+                yield lesson
+                if self._stopped or self.elapsed() > limit:
+                    return
 
     def write_student(self, path: Path) -> None:
         """Save the student as it is now, in its own encodings."""

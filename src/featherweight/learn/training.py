@@ -230,7 +230,8 @@ class Trainer:
     def _advance(self) -> None:
         """One step, and what comes after it."""
         state = self._state
-        if state.schedule is None and (state.step >= PROBE_STEPS or self._recipe.most_steps is not None):
+        paced = state.step >= PROBE_STEPS and self._pace.seconds_a_step > 0  # a resumed run has no pace at first
+        if state.schedule is None and (paced or self._recipe.most_steps is not None):
             self._plan()
         started = time.monotonic()
         self._train(state.schedule.rate(state.step) if state.schedule else 0.05)
@@ -297,7 +298,9 @@ class Trainer:
         checks_left = max(plan.steps - self._state.step, 0) / self._state.every
         fits = int((left - checks_left * self._check_s) / self._pace.seconds_a_step)
         plan = plan.stretched(self._state.step, self._state.step + max(fits, 1))
-        self._state.schedule, self._state.every = plan, max(1, plan.steps // self._recipe.checks)
+        # Checks that cost more than the steps between them would leave the plan ever fewer.
+        least = math.ceil(self._check_s / self._pace.seconds_a_step)
+        self._state.schedule, self._state.every = plan, max(1, least, plan.steps // self._recipe.checks)
 
     def _train(self, share: float) -> None:
         """One step at a share of the highest rate."""

@@ -20,6 +20,8 @@ from featherweight.learn.ops.registry import Call, Kernel, operator
 
 #: Elements from which a dot product's count may not fit into BLAS's integers.
 _BLAS = 1 << 31
+#: Types that a dot product does not round on its way.
+_LONG = (torch.float32, torch.float64)
 
 
 class RoundClip(torch.autograd.Function):
@@ -61,18 +63,19 @@ class FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Clipped straight-through for x, LSQ for the scale."""
-        to_x = torch.where(ctx.inside, grad, grad.new_zeros(()))
+        to_x = torch.where(ctx.inside, grad, grad.new_zeros(())) if ctx.needs_input_grad[0] else None
         to_scale = None
         if ctx.needs_input_grad[1]:
             x, value, scale = ctx.saved_tensors
-            # The sum of grad * (code - x / scale), without making any of them anew.
-            to_scale = (summed_product(grad, value, scale.shape) - summed_product(to_x, x, scale.shape)) / scale
+            # The sum of grad * (code - x / scale): by the values, so that no codes are made anew.
+            apart = torch.where(ctx.inside, value - x, value)
+            to_scale = summed_product(grad, apart, scale.shape) / scale
         return to_x, to_scale, None, None, None
 
 
 def summed_product(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
     """Products of two tensors of one shape, summed to one that broadcasts to it; not made where that is a number."""
-    if shape.numel() == 1 and a.dtype == b.dtype and a.numel() < _BLAS:
+    if shape.numel() == 1 and a.dtype == b.dtype and a.dtype in _LONG and a.numel() < _BLAS:
         pictures = a.ndim == 4 and all(t.is_contiguous(memory_format=torch.channels_last) for t in (a, b))
         one, other = (t.permute(0, 2, 3, 1) if pictures else t for t in (a, b))
         if one.is_contiguous() and other.is_contiguous():
