@@ -173,7 +173,8 @@ from featherweight.learn import layerwise, training
 training.CHECKPOINT_S = 0.0
 layerwise.POSITIONS = 512
 import featherweight as fw
-folder, out, resume, student = sys.argv[1:5]
+folder, out, resume = sys.argv[1:4]
+student = sys.argv[4] if len(sys.argv) > 4 else "noisy.onnx"
 fw.distill(folder + "/teacher.onnx", folder + "/" + student, folder + "/data.npz", out=out, max_steps=36, threads=1,
            batch_size=16, metric="kl", stages="layers,end", resume=resume == "resume")
 """

@@ -56,7 +56,7 @@ def train(executor: Executor, feeds: dict[str, np.ndarray], step: float = 0.3) -
     return grads
 
 
-def check(model: ir.Model, feeds: dict[str, np.ndarray], names: set[str], **kwargs: Any) -> ir.Model:
+def check(model: ir.Model, feeds: dict[str, np.ndarray], names: set[str], steps: int = 1, **kwargs: Any) -> ir.Model:
     """Executed equal to the runtime, untouched bytes when nothing moved, equal again after training."""
     executor = Executor(model, **kwargs)
     tensors = {k: torch.from_numpy(v) for k, v in feeds.items()}
@@ -65,7 +65,8 @@ def check(model: ir.Model, feeds: dict[str, np.ndarray], names: set[str], **kwar
         executor(tensors)["y"].detach().numpy(), run_ort(model, feeds)["y"], rtol=1e-5, atol=1e-5
     )
     assert io.to_bytes(executor.write_back(model)) == io.to_bytes(model)
-    grads = train(executor, feeds)
+    for _ in range(steps):
+        grads = train(executor, feeds)
     assert all(g is not None for g in grads.values())
     written = executor.write_back(model)
     mine = executor(tensors)["y"].detach().numpy()
@@ -213,7 +214,8 @@ def test_steps_of_an_integer_bias_follow_the_scales_beside_it(kind: Any, names: 
     """Integer kernels add codes of the bias to products of codes, whatever its scale in the file says."""
     model = qdq_conv(product=True)
     x = np.random.default_rng(2).standard_normal((2, 3, 5, 5)).astype(np.float32)
-    written = check(model, {"x": x}, names, train_scales=kind)
+    # Weights that lie on their grid say nothing of its step, so the first step of training leaves it.
+    written = check(model, {"x": x}, names, steps=2, train_scales=kind)
     new, old = ({n: v.const_value.numpy() for n, v in m.graph.initializers.items()} for m in (written, model))
     assert not np.allclose(new["ws"], old["ws"], rtol=1e-4)
     np.testing.assert_allclose(new["bs"], new["xs"] * new["ws"], rtol=1e-6)
