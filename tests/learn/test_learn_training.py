@@ -194,6 +194,10 @@ def test_maps_of_inner_tensors_are_solved_on_as_many_lessons_as_it_takes() -> No
     assert len(asked) == 15  # 30 rows for each of four channels and an offset
     assert {n: tuple(w.shape) for n, w in matching.fixed.items()} == {"wide": (5, 5), "narrow": (3, 3)}
     asked.clear()
+    matching.fit(lessons(), enough=lambda: len(asked) >= 3)  # the time is over
+    assert len(asked) == 3
+    assert matching.fixed.keys() == {"wide", "narrow"}
+    asked.clear()
     Matching(forward, (), [Pair("a", "same", None)], Weights()).fit(lessons())
     assert asked == []
 
@@ -381,8 +385,8 @@ def test_the_time_is_used_and_checks_keep_to_the_plan(
     assert 5 <= len(ended.curve) <= 10
 
 
-def test_checks_that_cost_much_leave_half_of_the_time_for_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second a step, a minute a check, five minutes: the first check, and one more where there is time for it."""
+def test_checks_that_cost_much_do_not_eat_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second a step, a minute a check, five minutes."""
     clock = [0.0]
     monkeypatch.setattr("featherweight.learn.training.time", SimpleNamespace(monotonic=lambda: clock[0]))
     work = Bowl(0.1).work()

@@ -53,13 +53,13 @@ class Matching:
         return {n: p.weight for n, p in self._projections.items() if p.weight is not None}
 
     @torch.no_grad()
-    def fit(self, lessons: Iterable[Lesson]) -> None:
-        """Solve the maps between features of different widths on as many lessons as that takes."""
+    def fit(self, lessons: Iterable[Lesson], enough: Callable[[], bool] = lambda: False) -> None:
+        """Solve the maps between features of different widths on as many lessons as that takes, or until `enough`."""
         wanted = [p for p in self.pairs if p.student in self._projections]
         for lesson in lessons if wanted else ():
             found = self._forward(lesson.feeds, [p.student for p in wanted])
-            enough = [self._projections[p.student].add(found[p.student], lesson.answers[p.teacher]) for p in wanted]
-            if all(enough):
+            ready = [self._projections[p.student].add(found[p.student], lesson.answers[p.teacher]) for p in wanted]
+            if all(ready) or enough():
                 break
         for pair in wanted:
             self._projections[pair.student].solve()

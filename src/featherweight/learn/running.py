@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -31,7 +31,7 @@ from featherweight.learn.proof import Proof
 from featherweight.learn.reading import read_parts
 from featherweight.learn.result import Block, Distilled, Stage
 from featherweight.learn.student import COPIES, Footprint, Student, fit_memory, resident_bytes, saved_bytes
-from featherweight.learn.teacher import KEPT_BYTES, Lesson, Lessons, Teacher, as_tensors
+from featherweight.learn.teacher import KEPT_BYTES, Lessons, Teacher, as_tensors
 from featherweight.learn.training import Outcome, Recipe, Trainer, Work
 from featherweight.quantities import format_bytes
 from featherweight.search.problem import input_specs
@@ -313,7 +313,8 @@ class Run:
         keep = KEPT_BYTES if limit is None else min(max(limit - self._memory.predicted, 0), KEPT_BYTES)
         lessons = self._lessons(names=[*(t.name for t in self._targets), *self._matching.inner], keep=keep)
         if here is None:  # else the maps are in the checkpoint
-            self._matching.fit(self._for_maps(lessons, until))
+            deadline = self.elapsed() + MAPS_SHARE * (until - self.elapsed())
+            self._matching.fit(lessons.epoch(), lambda: self._stopped or self.elapsed() > deadline)
         if self._memory.recompute:
             cuts = [p.student for p in self._matching.pairs or self._pairs]
             reads = [b.starts for b in blocks.blocks(self.student_model, [Pair(c, c) for c in cuts])]
@@ -335,15 +336,6 @@ class Run:
         outcome = trainer.run()
         self.student.keep_everything()
         return [outcome], []
-
-    def _for_maps(self, lessons: Lessons, until: float) -> Iterator[Lesson]:
-        """An epoch at most, as long as a share of the time lasts, and at least one lesson."""
-        limit = self.elapsed() + MAPS_SHARE * (until - self.elapsed())
-        for step in range(lessons.steps_an_epoch):
-            for lesson in lessons.step(step):
-                yield lesson
-                if self._stopped or self.elapsed() > limit:
-                    return
 
     def write_student(self, path: Path) -> None:
         """Save the student as it is now, in its own encodings."""

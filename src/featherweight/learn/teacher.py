@@ -104,6 +104,11 @@ class Lessons:
             rng = np.random.default_rng([self._seed, 2, step, start])
             yield self.lesson(tuple(a for u in units for a in u), rng)
 
+    def epoch(self) -> Iterator[Lesson]:
+        """The micro-batches of the first epoch."""
+        for step in range(self.steps_an_epoch):
+            yield from self.step(step)
+
     def lesson(self, group: tuple[int, ...], rng: np.random.Generator) -> Lesson:
         """Some atoms as a lesson."""
         feeds = augment.read(self.dataset, group, self._how, rng)
