@@ -235,7 +235,7 @@ def table(found: dict[str, Any]) -> str:
         "`compress` solves layer by layer, on the same photos; `blocks`: after the first stage; `back`: share that",
         "teaching brought back of what was still lost; `of all`: with what was solved for, of what plain compression",
         "loses; `agree`: share of the photos with the original's first answer, `nats`: Kullback-Leibler divergence",
-        "from it, both before and after.",
+        "from it, both before and after; `-`: of a run before that was measured.",
         "Machine and versions: distill.json.", "",
         "| student | MB | original | plain | before | blocks | after | back | of all | agree | nats | time | peak |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
